@@ -1,0 +1,82 @@
+"""The `EBBS_AND_FLOWS` dict of a project's settings: its names, types, limits and defaults."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from django.conf import settings as django_settings
+
+from .exceptions import ImproperSetting
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """Every setting with its default; what a project leaves out stays as it is here."""
+
+    LEASE_SECONDS: float = 30
+    """How long a worker holds a flow without a sign of life, in seconds."""
+    SLICE_SECONDS: float = 20
+    """How long one queue message keeps a worker busy, in seconds."""
+    PACEMAKER_SECONDS: float = 1
+    """How often a worker looks for flows that are due, in seconds."""
+    MAX_INTERRUPTIONS: int = 3
+    """How often one task may lose its worker before its flow stays failed."""
+    MAX_ENTRY_BYTES: int = 1024 * 1024
+    """The size of an entry's stored form at most, in bytes of UTF-8."""
+    MAX_OUTPUT_BYTES: int = 64 * 1024
+    """The size of an attempt's stored output at most, in bytes of UTF-8."""
+    ENGINE: str = "ebbs_and_flows.engines.django_q.DjangoQEngine"
+    """The dotted path of the class that wakes a queue's workers."""
+
+
+MINIMUM = {
+    "LEASE_SECONDS": 2,
+    "SLICE_SECONDS": 1,
+    "PACEMAKER_SECONDS": 0.1,
+    "MAX_INTERRUPTIONS": 1,
+    "MAX_ENTRY_BYTES": 1024,
+    "MAX_OUTPUT_BYTES": 1024,
+}
+
+
+def problems(configured: Any) -> list[str]:
+    """Take what a project configured; return one sentence for each thing wrong in it."""
+    if not isinstance(configured, dict):
+        return [f"EBBS_AND_FLOWS is {configured!r}: make it a dict of settings."]
+    known = {field.name: field for field in fields(Settings)}
+    found = []
+    for name, value in configured.items():
+        if name not in known:
+            names = ", ".join(sorted(known))
+            found.append(f"EBBS_AND_FLOWS has no setting {name!r}: the settings are {names}.")
+            continue
+        wanted = {"int": int, "float": (int, float), "str": str}[str(known[name].type)]
+        if isinstance(value, bool) or not isinstance(value, wanted):
+            kind = {"int": "a whole number", "float": "a number", "str": "a text"}
+            found.append(
+                f"EBBS_AND_FLOWS[{name!r}] is {value!r}: give it {kind[str(known[name].type)]}."
+            )
+        # Written so that NaN, which compares false with everything, is refused too.
+        elif name in MINIMUM and not (MINIMUM[name] <= value < 2**31):
+            found.append(
+                f"EBBS_AND_FLOWS[{name!r}] is {value!r}: give it at least {MINIMUM[name]}"
+                f" and less than 2 to the 31st."
+            )
+    return found
+
+
+def get_settings() -> Settings:
+    """Return the settings in force, read afresh so that `override_settings` works.
+
+    Raises `ImproperSetting` that names the first thing wrong.
+    """
+    configured = getattr(django_settings, "EBBS_AND_FLOWS", {})
+    if not configured and configured == {}:
+        return _DEFAULTS
+    for problem in problems(configured):
+        raise ImproperSetting(problem)
+    return Settings(**configured)
+
+
+_DEFAULTS = Settings()

@@ -1,0 +1,123 @@
+"""Every error of the app: a subclass of `EbbsAndFlowsError` and of the closest builtin."""
+
+from __future__ import annotations
+
+
+class EbbsAndFlowsError(Exception):
+    """The base of all errors that this app raises."""
+
+
+# Definitions
+
+
+class InvalidFlowTemplate(EbbsAndFlowsError, ValueError):
+    """A template, task or retry rule that cannot work as written."""
+
+
+class DuplicateFlowTemplate(InvalidFlowTemplate):
+    """A second template with a name that is already registered."""
+
+
+class FlowTemplateNotFound(EbbsAndFlowsError, LookupError):
+    """No template of that name is registered in this process."""
+
+
+class TaskNotFound(EbbsAndFlowsError, LookupError):
+    """A flow or template has no such task."""
+
+
+class ImproperSetting(EbbsAndFlowsError, ValueError):
+    """A value in `EBBS_AND_FLOWS` that cannot be used."""
+
+
+# The context and its values
+
+
+class DuplicateEntry(EbbsAndFlowsError, ValueError):
+    """An entry of that name is already in the context."""
+
+
+class ChangedEntry(EbbsAndFlowsError, ValueError):
+    """A stored entry was returned with another value."""
+
+
+class InvalidEntryName(EbbsAndFlowsError, ValueError):
+    """A name that no entry can have."""
+
+
+class FrozenContext(EbbsAndFlowsError, TypeError):
+    """The context that a task receives was added to."""
+
+
+class UnstorableValue(EbbsAndFlowsError, TypeError):
+    """A value of a type that a context cannot store."""
+
+
+class EntryTooLarge(EbbsAndFlowsError, ValueError):
+    """A value whose stored form is over `MAX_ENTRY_BYTES`."""
+
+
+class UnreadableValue(EbbsAndFlowsError, ValueError):
+    """A stored value that this process cannot decode."""
+
+
+class ReferencedObjectGone(EbbsAndFlowsError, LookupError):
+    """The model instance that an entry refers to is no longer in the database."""
+
+
+class InvalidTaskResult(EbbsAndFlowsError, TypeError):
+    """A task returned something other than an `ExecutionContext`."""
+
+
+# Flows
+
+
+class InvalidArgument(EbbsAndFlowsError, ValueError):
+    """An argument outside what is allowed."""
+
+
+class FlowExecutionNotFound(EbbsAndFlowsError, LookupError):
+    """No flow execution with that primary key."""
+
+
+class IllegalTransition(EbbsAndFlowsError, ValueError):
+    """A status change that the table of transitions does not have."""
+
+
+class TemplateDrift(EbbsAndFlowsError, ValueError):
+    """The completed tasks of a flow are not the first tasks of its template as it is now."""
+
+
+class OuterTransaction(EbbsAndFlowsError, RuntimeError):
+    """A flow was run inside somebody's transaction, where no step would be durable."""
+
+
+class ClaimLost(EbbsAndFlowsError, RuntimeError):
+    """Another worker, or nobody, holds the flow now; this one must write nothing more."""
+
+
+class TaskInterrupted(EbbsAndFlowsError, RuntimeError):
+    """The worker of an attempt stopped before the attempt ended."""
+
+
+# Raised by tasks on purpose
+
+
+class FailFlow(EbbsAndFlowsError, RuntimeError):
+    """Raise it in a task to fail the flow at once, without any further retry.
+
+    Takes the reason, one sentence that operators read.
+    """
+
+
+class RetryLater(EbbsAndFlowsError, RuntimeError):
+    """Raise it in a task to have the attempt made again later, whatever the retry rule says.
+
+    Takes the delay in seconds and, optionally, the reason. It uses up no retry allowance.
+    """
+
+    def __init__(self, delay: float, reason: str = "") -> None:
+        if delay < 0:
+            raise InvalidArgument(f"RetryLater takes a delay of 0 seconds or more, not {delay}.")
+        super().__init__(reason or f"The task asked to be tried again in {delay:g} s.")
+        self.delay = delay

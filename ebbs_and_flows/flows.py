@@ -1,0 +1,251 @@
+"""Definitions: `Task`, `task`, `Retry` and `FlowTemplate`. Plain Python, no database."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import random
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar, overload
+
+from .context import ExecutionContext
+from .exceptions import InvalidFlowTemplate, TaskNotFound
+
+MAX_NAME_LENGTH = 200
+
+Run = Callable[[ExecutionContext], "ExecutionContext | Awaitable[ExecutionContext]"]
+
+
+def _checked_name(kind: str, name: object) -> str:
+    if not isinstance(name, str) or not name.strip() or name != name.strip():
+        raise InvalidFlowTemplate(
+            f"{name!r} cannot name a {kind}: give it a text without spaces at its ends."
+        )
+    if len(name) > MAX_NAME_LENGTH or not name.isprintable():
+        raise InvalidFlowTemplate(
+            f"{name[:60]!r} cannot name a {kind}: use at most {MAX_NAME_LENGTH} printable"
+            f" characters."
+        )
+    return name
+
+
+def _is_number(value: object) -> bool:
+    return (
+        isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    )
+
+
+def _exception_types(field: str, types: Any) -> tuple[type[BaseException], ...]:
+    listed = (types,) if isinstance(types, type) else tuple(types)
+    for item in listed:
+        if not (isinstance(item, type) and issubclass(item, BaseException)):
+            raise InvalidFlowTemplate(
+                f"Retry({field}=…) holds {item!r}: list exception classes there."
+            )
+    return listed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Retry:
+    """When a failed attempt is made again by itself.
+
+    Delays are in seconds. The n-th retry waits `delay * backoff ** (n - 1)`, at most `max_delay`;
+    with `jitter`, a random time between half of that and all of it, so that many flows that
+    failed together do not come back together. Raises `InvalidFlowTemplate` for a rule that
+    cannot work.
+    """
+
+    # Attempts in all, the first included.
+    attempts: int = 3
+    delay: float = 1
+    backoff: float = 2
+    max_delay: float = 300
+    jitter: bool = True
+    on: tuple[type[BaseException], ...] = (Exception,)
+    never_on: tuple[type[BaseException], ...] = ()
+
+    def __post_init__(self) -> None:
+        attempts: object = self.attempts
+        if not isinstance(attempts, int) or isinstance(attempts, bool) or attempts < 1:
+            raise InvalidFlowTemplate(
+                f"Retry(attempts={attempts!r}): give a whole number of 1 or more; it counts the"
+                f" first attempt too."
+            )
+        for field, least in (("delay", 0), ("backoff", 1), ("max_delay", 0)):
+            value = getattr(self, field)
+            if not _is_number(value) or value < least:
+                raise InvalidFlowTemplate(
+                    f"Retry({field}={value!r}): give a finite number of {least} or more."
+                )
+        object.__setattr__(self, "on", _exception_types("on", self.on))
+        object.__setattr__(self, "never_on", _exception_types("never_on", self.never_on))
+
+    def covers(self, error: BaseException, attempts_made: int) -> bool:
+        """Return whether `error` is to be retried after `attempts_made` counted attempts."""
+        return (
+            attempts_made < self.attempts
+            and isinstance(error, self.on)
+            and not isinstance(error, self.never_on)
+        )
+
+    def delay_after(self, attempts_made: int) -> float:
+        """Return the seconds to wait after `attempts_made` (1 or more) counted attempts."""
+        try:
+            wait = min(self.delay * self.backoff ** (attempts_made - 1), self.max_delay)
+        except OverflowError:
+            wait = self.max_delay
+        return wait * random.uniform(0.5, 1) if self.jitter else wait  # noqa: S311
+
+
+class Task:
+    """The smallest unit of a flow: `run` takes the context and returns one, or raises.
+
+    One instance serves every execution of its flows, so it holds no state of a run.
+    """
+
+    name: str = ""
+    """Unique within a template; by default the name of the class."""
+    retry: ClassVar[Retry | None] = None
+    timeout: ClassVar[float | None] = None
+    """Seconds for one attempt."""
+    atomic: ClassVar[bool] = False
+    """Whether `run` shares the transaction that records its completion."""
+
+    def __init__(self, *, name: str | None = None) -> None:
+        self.name = _checked_name("task", name or type(self).name or type(self).__name__)
+
+    def run(
+        self, context: ExecutionContext
+    ) -> ExecutionContext | Awaitable[ExecutionContext]:
+        """Do the work and return the context with the new entries; may be `async def`."""
+        raise NotImplementedError(f"{type(self).__name__} has no run(context): write one.")
+
+    @property
+    def description(self) -> str:
+        """The docstring, without its indentation."""
+        return inspect.getdoc(type(self)) or ""
+
+    def __repr__(self) -> str:
+        return f"<Task {self.name}>"
+
+
+class FunctionTask(Task):
+    """A task whose `run` is a function; made by `task`."""
+
+    def __init__(
+        self,
+        function: Run,
+        *,
+        name: str | None = None,
+        retry: Retry | None = None,
+        timeout: float | None = None,
+        atomic: bool = False,
+    ) -> None:
+        self.function = function
+        self.retry = retry  # type: ignore[misc]
+        self.timeout = timeout  # type: ignore[misc]
+        self.atomic = atomic  # type: ignore[misc]
+        super().__init__(name=name or getattr(function, "__name__", None))
+
+    def run(
+        self, context: ExecutionContext
+    ) -> ExecutionContext | Awaitable[ExecutionContext]:
+        return self.function(context)
+
+    @property
+    def description(self) -> str:
+        return inspect.getdoc(self.function) or ""
+
+
+@overload
+def task(function: Run, /) -> FunctionTask: ...
+@overload
+def task(
+    *,
+    name: str | None = None,
+    retry: Retry | None = None,
+    timeout: float | None = None,
+    atomic: bool = False,
+) -> Callable[[Run], FunctionTask]: ...
+def task(function: Run | None = None, /, **options: Any) -> Any:
+    """Make a `Task` of a function that takes the context and returns one.
+
+    Use it bare, or with `name`, `retry`, `timeout` (seconds) and `atomic`.
+    """
+    if function is None:
+        return lambda decorated: FunctionTask(decorated, **options)
+    if not callable(function):
+        raise InvalidFlowTemplate(f"@task was given {function!r}: decorate a function with it.")
+    return FunctionTask(function, **options)
+
+
+class FlowTemplate:
+    """The blueprint of a flow: a name and an ordered list of tasks."""
+
+    def __init__(self, name: str, description: str = "", *, tasks: Iterable[Task] = ()) -> None:
+        self.name = _checked_name("flow template", name)
+        self.description = description
+        self._tasks: list[Task] = []
+        for item in tasks:
+            self.add_task(item)
+
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        """The tasks in their order."""
+        return tuple(self._tasks)
+
+    @property
+    def task_names(self) -> list[str]:
+        """The names of the tasks in their order."""
+        return [item.name for item in self._tasks]
+
+    def add_task(self, task: Task) -> FlowTemplate:
+        """Append a task and return the template.
+
+        Raises `InvalidFlowTemplate` for what is not a Task instance, for a name that the template
+        already has, and for options of a task that cannot work.
+        """
+        if isinstance(task, type) and issubclass(task, Task):
+            raise InvalidFlowTemplate(
+                f"Template {self.name!r} was given the class {task.__name__}: add an instance,"
+                f" {task.__name__}()."
+            )
+        if not isinstance(task, Task):
+            raise InvalidFlowTemplate(
+                f"Template {self.name!r} was given {task!r}: add an instance of a Task class or"
+                f" a function decorated with @task."
+            )
+        # A subclass may have an __init__ of its own that does not call Task's.
+        task.name = _checked_name("task", task.name or type(task).__name__)
+        if task.name in self.task_names:
+            raise InvalidFlowTemplate(
+                f"Template {self.name!r} already has a task {task.name!r}: give this one another"
+                f" name."
+            )
+        if task.retry is not None and not isinstance(task.retry, Retry):
+            raise InvalidFlowTemplate(
+                f"Task {task.name!r} has retry = {task.retry!r}: give it a Retry(…) or None."
+            )
+        timeout: object = task.timeout
+        if timeout is not None and not (_is_number(timeout) and timeout > 0):  # type: ignore[operator]
+            raise InvalidFlowTemplate(
+                f"Task {task.name!r} has timeout = {timeout!r}: give it seconds above 0 or None."
+            )
+        self._tasks.append(task)
+        return self
+
+    def task_index(self, task: int | str) -> int:
+        """Return the index of a task given by its index or name; raises `TaskNotFound`."""
+        names = self.task_names
+        if isinstance(task, str) and task in names:
+            return names.index(task)
+        if isinstance(task, int) and not isinstance(task, bool) and 0 <= task < len(names):
+            return task
+        raise TaskNotFound(
+            f"Template {self.name!r} has no task {task!r}: its tasks are"
+            f" {', '.join(f'{index} {name}' for index, name in enumerate(names))}."
+        )
+
+    def __repr__(self) -> str:
+        return f"<FlowTemplate {self.name}: {' -> '.join(self.task_names)}>"

@@ -1,0 +1,278 @@
+"""The tables: flow executions, their attempts, their context's entries, their transitions."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from django.core.validators import MaxValueValidator, MinValueValidator
+from django.db import models
+from django.db.models import F, Q
+from django.utils.translation import gettext_lazy as _
+from django.utils.translation import pgettext_lazy
+
+from .status import FINISHED, FlowStatus, TaskStatus
+
+if TYPE_CHECKING:
+    from datetime import timedelta
+
+    from django.db.backends.base.base import BaseDatabaseWrapper
+
+    from .context import ExecutionContext
+
+MIN_PRIORITY, MAX_PRIORITY = -100, 100
+NAME_LENGTH = 200
+
+
+class _ExactText:
+    """Compared by code points on every database: MariaDB's default collations ignore case."""
+
+    def db_parameters(self, connection: BaseDatabaseWrapper) -> Any:
+        parameters: Any = super().db_parameters(connection)  # type: ignore[misc]
+        if connection.vendor == "mysql":
+            parameters["collation"] = "utf8mb4_bin"
+        return parameters
+
+
+class ExactCharField(_ExactText, models.CharField):  # type: ignore[type-arg]
+    """A `CharField` in which `a` and `A` differ on every database."""
+
+
+class ExactTextField(_ExactText, models.TextField):  # type: ignore[type-arg]
+    """A `TextField` that holds every character on every database."""
+
+
+def _one_of(field: str, choices: type[models.TextChoices]) -> models.CheckConstraint:
+    return models.CheckConstraint(
+        condition=Q(**{f"{field}__in": [str(value) for value in choices.values]}),
+        name=f"%(app_label)s_%(class)s_{field}",
+    )
+
+
+class FlowExecution(models.Model):
+    """One run of a flow template."""
+
+    template_name = ExactCharField(_("template"), max_length=NAME_LENGTH)
+    task_names = models.JSONField(_("tasks"), help_text=_("The tasks' names as they were."))
+    first_task_index = models.PositiveIntegerField(default=0)
+    current_task_index = models.PositiveIntegerField(default=0)
+    status = models.CharField(
+        _("status"), max_length=11, choices=FlowStatus.choices, default=FlowStatus.CREATED
+    )
+    key = ExactCharField(
+        pgettext_lazy("idempotency key", "key"), max_length=NAME_LENGTH, null=True, blank=True
+    )
+    priority = models.SmallIntegerField(
+        _("priority"),
+        default=0,
+        validators=[MinValueValidator(MIN_PRIORITY), MaxValueValidator(MAX_PRIORITY)],
+    )
+    run_at = models.DateTimeField(_("scheduled for"))
+    # Counts how often the flow was taken by a worker; every write of a run is fenced by it.
+    claim = models.PositiveIntegerField(default=0)
+    claimed_by = ExactCharField(_("worker"), max_length=NAME_LENGTH, blank=True, default="")
+    # Empty while RUNNING: handed back by its worker at a task boundary, free to be claimed.
+    lease_expires_at = models.DateTimeField(null=True, blank=True)
+    cancel_requested = models.BooleanField(default=False)
+    # Attempts at the current task that do not count against its retry allowance.
+    forgiven_attempts = models.PositiveIntegerField(default=0)
+    # How often the current task lost its worker.
+    interruptions = models.PositiveIntegerField(default=0)
+    created_at = models.DateTimeField(_("created"))
+    started_at = models.DateTimeField(_("started"), null=True, blank=True)
+    finished_at = models.DateTimeField(_("finished"), null=True, blank=True)
+    created_by = ExactCharField(
+        _("scheduled by"), max_length=NAME_LENGTH, blank=True, default=""
+    )
+    rerun_of = models.ForeignKey(
+        "self",
+        verbose_name=_("rerun of"),
+        on_delete=models.SET_NULL,
+        null=True,
+        blank=True,
+        related_name="reruns",
+    )
+
+    if TYPE_CHECKING:
+        task_executions: models.Manager[TaskExecution]
+        entries: models.Manager[ExecutionContextEntry]
+        transitions: models.Manager[FlowTransition]
+
+    class Meta:
+        verbose_name = _("flow execution")
+        verbose_name_plural = _("flow executions")
+        default_permissions = ("view", "delete")
+        permissions: ClassVar = [
+            ("schedule_flow", _("Can schedule a flow")),
+            ("reschedule_flowexecution", _("Can reschedule a failed flow")),
+            ("rerun_flowexecution", _("Can rerun a flow")),
+            ("cancel_flowexecution", _("Can cancel a flow")),
+        ]
+        constraints: ClassVar = [
+            models.UniqueConstraint(
+                fields=["template_name", "key"], name="%(app_label)s_flow_key_once"
+            ),
+            _one_of("status", FlowStatus),
+            models.CheckConstraint(
+                condition=Q(priority__gte=MIN_PRIORITY, priority__lte=MAX_PRIORITY),
+                name="%(app_label)s_flow_priority",
+            ),
+            models.CheckConstraint(
+                condition=Q(current_task_index__gte=F("first_task_index")),
+                name="%(app_label)s_flow_task_index",
+            ),
+            models.CheckConstraint(
+                condition=Q(lease_expires_at__isnull=True) | Q(status=FlowStatus.RUNNING.value),
+                name="%(app_label)s_flow_lease",
+            ),
+        ]
+        indexes: ClassVar = [
+            # The claim: the best due flow of one status.
+            models.Index(
+                "status", F("priority").desc(), "run_at", "id", name="ebbs_flow_claim"
+            ),
+            # Recovery: what runs under an expired lease.
+            models.Index("status", "lease_expires_at", name="ebbs_flow_lease"),
+            # The admin's list by template, and what is to be pruned.
+            models.Index("template_name", "-id", name="ebbs_flow_template"),
+            models.Index("status", "finished_at", name="ebbs_flow_finished"),
+            models.Index("key", name="ebbs_flow_key"),
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.template_name} #{self.pk}"
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing happens to the flow by itself any more."""
+        return self.status in FINISHED
+
+    @property
+    def execution_context(self) -> ExecutionContext:
+        """The stored context as it is now; its values are decoded on first access."""
+        from .context import ExecutionContext
+
+        stored = dict(self.entries.order_by("pk").values_list("name", "value"))
+        return ExecutionContext.from_stored(stored, flow_execution_id=self.pk)
+
+    @property
+    def duration(self) -> timedelta | None:
+        """How long the flow took from its first start to its end; None before that."""
+        if self.started_at is None or self.finished_at is None:
+            return None
+        return self.finished_at - self.started_at
+
+
+class TaskExecution(models.Model):
+    """One attempt at one task of a flow."""
+
+    flow_execution = models.ForeignKey(
+        FlowExecution,
+        verbose_name=_("flow execution"),
+        on_delete=models.CASCADE,
+        related_name="task_executions",
+        db_index=False,
+    )
+    task_index = models.PositiveIntegerField(_("position"))
+    task_name = ExactCharField(_("task"), max_length=NAME_LENGTH)
+    attempt = models.PositiveIntegerField(_("attempt"))
+    # The claim under which the attempt was started.
+    claim = models.PositiveIntegerField()
+    status = models.CharField(
+        _("status"), max_length=9, choices=TaskStatus.choices, default=TaskStatus.RUNNING
+    )
+    started_at = models.DateTimeField(_("started"))
+    finished_at = models.DateTimeField(_("finished"), null=True, blank=True)
+    output = ExactTextField(
+        _("output"), blank=True, default="", help_text=_("Says in detail why it failed.")
+    )
+    error_type = ExactCharField(_("error"), max_length=NAME_LENGTH, blank=True, default="")
+
+    class Meta:
+        verbose_name = _("task execution")
+        verbose_name_plural = _("task executions")
+        default_permissions = ("view",)
+        constraints: ClassVar = [
+            models.UniqueConstraint(
+                fields=["flow_execution", "task_index", "attempt"],
+                name="%(app_label)s_attempt_once",
+            ),
+            _one_of("status", TaskStatus),
+            models.CheckConstraint(
+                condition=Q(attempt__gte=1), name="%(app_label)s_attempt_from_one"
+            ),
+            models.CheckConstraint(
+                condition=(
+                    Q(status=TaskStatus.RUNNING.value, finished_at__isnull=True)
+                    | (~Q(status=TaskStatus.RUNNING.value) & Q(finished_at__isnull=False))
+                ),
+                name="%(app_label)s_attempt_finished",
+            ),
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.task_name}, attempt {self.attempt}"
+
+
+class ExecutionContextEntry(models.Model):
+    """One named value of a flow's context; written once, never changed."""
+
+    flow_execution = models.ForeignKey(
+        FlowExecution,
+        verbose_name=_("flow execution"),
+        on_delete=models.CASCADE,
+        related_name="entries",
+        db_index=False,
+    )
+    name = ExactCharField(_("name"), max_length=NAME_LENGTH)
+    value = ExactTextField(_("value"), help_text=_("Readable JSON."))
+    task_execution = models.ForeignKey(
+        TaskExecution,
+        verbose_name=_("task execution"),
+        on_delete=models.CASCADE,
+        null=True,
+        blank=True,
+        related_name="entries",
+        help_text=_("Empty for what the flow was scheduled with."),
+    )
+
+    class Meta:
+        verbose_name = _("execution context entry")
+        verbose_name_plural = _("execution context entries")
+        default_permissions = ("view",)
+        constraints: ClassVar = [
+            models.UniqueConstraint(
+                fields=["flow_execution", "name"], name="%(app_label)s_entry_once"
+            ),
+        ]
+
+    def __str__(self) -> str:
+        return self.name
+
+
+class FlowTransition(models.Model):
+    """One change of a flow's status: from, to, when, by whom or what, and why."""
+
+    flow_execution = models.ForeignKey(
+        FlowExecution,
+        verbose_name=_("flow execution"),
+        on_delete=models.CASCADE,
+        related_name="transitions",
+    )
+    from_status = models.CharField(
+        pgettext_lazy("status", "from"), max_length=11, choices=FlowStatus.choices, blank=True
+    )
+    to_status = models.CharField(
+        pgettext_lazy("status", "to"), max_length=11, choices=FlowStatus.choices
+    )
+    at = models.DateTimeField(_("at"))
+    actor = ExactCharField(_("by"), max_length=NAME_LENGTH, blank=True, default="")
+    reason = ExactTextField(_("why"), blank=True, default="")
+
+    class Meta:
+        verbose_name = _("transition")
+        verbose_name_plural = _("transitions")
+        default_permissions = ("view",)
+        constraints: ClassVar = [_one_of("to_status", FlowStatus)]
+
+    def __str__(self) -> str:
+        return f"{self.from_status} -> {self.to_status}"

@@ -1,0 +1,266 @@
+"""FlowRunner: registers templates, schedules, reschedules, runs and reruns flows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from .engines import get_engine
+from .exceptions import (
+    DuplicateFlowTemplate,
+    FlowTemplateNotFound,
+    InvalidFlowTemplate,
+)
+from .flows import FlowTemplate
+from .models import FlowExecution
+from .repository import ClaimedRun
+from .service import CLAIMABLE, FlowOrPk, FlowService
+from .status import FlowStatus
+from .worker import OnTask, Worker, worker_name
+
+
+class FlowRunner:
+    """The front door: most projects use the one instance `flow_runner`.
+
+    Its registry of templates is in memory and lives as long as the runner. Every method that
+    takes a flow takes a `FlowExecution` or its primary key, and raises `FlowExecutionNotFound`
+    for one that does not exist. `actor` says on whose behalf; it is stored with the transition.
+    """
+
+    def __init__(self, service: FlowService | None = None) -> None:
+        self.service = service or FlowService()
+        self._templates: dict[str, FlowTemplate] = {}
+
+    # The registry
+
+    @property
+    def templates(self) -> dict[str, FlowTemplate]:
+        """The registered templates by name."""
+        return dict(self._templates)
+
+    def register_flow_template(self, template: FlowTemplate) -> FlowTemplate:
+        """Make a template known and return it.
+
+        Raises `DuplicateFlowTemplate` for a name that is taken and `InvalidFlowTemplate` for one
+        without tasks.
+        """
+        if not isinstance(template, FlowTemplate):
+            raise InvalidFlowTemplate(f"{template!r} is no FlowTemplate: register one.")
+        if not template.tasks:
+            raise InvalidFlowTemplate(
+                f"Template {template.name!r} has no tasks: add one before registering it."
+            )
+        if template.name in self._templates:
+            raise DuplicateFlowTemplate(
+                f"A template {template.name!r} is already registered: give this one another name."
+            )
+        self._templates[template.name] = template
+        return template
+
+    def get_flow_template(self, name: str) -> FlowTemplate:
+        """Return the template of that name; raises `FlowTemplateNotFound`."""
+        try:
+            return self._templates[name]
+        except (KeyError, TypeError):
+            known = ", ".join(sorted(self._templates)) or "none"
+            raise FlowTemplateNotFound(
+                f"No flow template {name!r} is registered: the registered ones are {known}."
+            ) from None
+
+    # Scheduling
+
+    def schedule_flow(
+        self,
+        name: str,
+        context: Mapping[str, Any] | None = None,
+        *,
+        run_at: datetime | None = None,
+        key: str | None = None,
+        priority: int = 0,
+        actor: str = "",
+    ) -> FlowExecution:
+        """Store a run of a template and wake a worker for it; return the flow.
+
+        `run_at` (aware) is the earliest moment, by default now; `key` makes the call idempotent
+        for the template; `priority` is from -100 to 100, higher first. Within the caller's
+        transaction the flow exists if and only if that commits. Raises `FlowTemplateNotFound`,
+        `InvalidArgument`, and the errors of the context's values.
+        """
+        template = self.get_flow_template(name)
+        with self.service.repository.atomic():
+            flow, created = self.service.create_flow_execution(
+                template,
+                context,
+                status=FlowStatus.SCHEDULED,
+                run_at=run_at,
+                key=key,
+                priority=priority,
+                actor=actor,
+            )
+            if created:
+                self._dispatch(flow)
+        return flow
+
+    def reschedule_flow_execution(
+        self,
+        flow: FlowOrPk,
+        *,
+        run_at: datetime | None = None,
+        priority: int | None = None,
+        actor: str = "",
+        reason: str = "",
+    ) -> FlowExecution:
+        """FAILED -> RESCHEDULED: the flow continues at the failed task. Returns the flow.
+
+        The task gets its whole retry allowance anew. Raises `IllegalTransition` unless the flow
+        has failed.
+        """
+        with self.service.repository.atomic():
+            rescheduled = self.service.reschedule(
+                flow, run_at=run_at, priority=priority, actor=actor, reason=reason
+            )
+            self._dispatch(rescheduled)
+        return rescheduled
+
+    def fork_flow_execution(
+        self,
+        flow: FlowOrPk,
+        *,
+        from_task: int | str = 0,
+        changes: Mapping[str, Any] | None = None,
+        run_at: datetime | None = None,
+        priority: int | None = None,
+        actor: str = "",
+    ) -> FlowExecution:
+        """Schedule and return a new flow that starts at a task of an earlier one.
+
+        It begins with the context as that task (an index or a name) first saw it, plus `changes`,
+        which may replace entries; the earlier flow stays as it is. Raises `TaskNotFound` for a
+        task that the flow did not reach, `TemplateDrift`, `FlowTemplateNotFound`.
+        """
+        source = self.service.get_flow_execution(flow)
+        template = self.get_flow_template(source.template_name)
+        with self.service.repository.atomic():
+            fork = self.service.fork(
+                template,
+                source,
+                from_task=from_task,
+                changes=changes,
+                run_at=run_at,
+                priority=priority,
+                actor=actor,
+            )
+            self._dispatch(fork)
+        return fork
+
+    def complete_failed_task(
+        self,
+        flow: FlowOrPk,
+        entries: Mapping[str, Any] | None = None,
+        *,
+        reason: str,
+        actor: str = "",
+    ) -> FlowExecution:
+        """Record the failed task as done by hand and continue at the next one; return the flow.
+
+        `entries` are what the task would have added; `reason` tells how it was done. Raises
+        `IllegalTransition` unless the flow has failed, `DuplicateEntry`, `InvalidArgument`.
+        """
+        with self.service.repository.atomic():
+            completed = self.service.complete_failed_task(
+                flow, entries, reason=reason, actor=actor
+            )
+            self._dispatch(completed)
+        return completed
+
+    def cancel_flow_execution(
+        self, flow: FlowOrPk, *, actor: str = "", reason: str = ""
+    ) -> FlowExecution:
+        """Cancel at once when the flow is not running, else after the task in progress.
+
+        Returns the flow; raises `IllegalTransition` for one that is over.
+        """
+        return self.service.cancel(flow, actor=actor, reason=reason)
+
+    # Running
+
+    def run_flow(self, strategy: FlowStatus = FlowStatus.SCHEDULED) -> FlowExecution | None:
+        """Claim the best due flow in that status, run it to its end here, and return it.
+
+        None if none is due. `strategy` is SCHEDULED or RESCHEDULED, else `InvalidArgument`.
+        Raises `OuterTransaction` within somebody's transaction.
+        """
+        return self.run_next(statuses=[self.service.check_strategy(strategy)])
+
+    def re_run_flow(self) -> FlowExecution | None:
+        """Do the same for a flow that was rescheduled."""
+        return self.run_flow(FlowStatus.RESCHEDULED)
+
+    def run_flow_execution(self, flow: FlowOrPk) -> FlowExecution:
+        """Run that flow here and now, whether it is due or not, and return it.
+
+        One that cannot be claimed is returned as it is, untouched. Raises
+        `FlowTemplateNotFound`, `OuterTransaction`.
+        """
+        wanted = self.service.get_flow_execution(flow)
+        if wanted.status in CLAIMABLE:
+            self.get_flow_template(wanted.template_name)
+            self._run(lambda: self.service.claim_flow(wanted, worker_name()), Worker(self.service))
+        return self.service.get_flow_execution(wanted)
+
+    def run_next(
+        self,
+        *,
+        statuses: Sequence[FlowStatus] | None = None,
+        templates: Iterable[str] | None = None,
+        stop: Callable[[], bool] | None = None,
+        on_task: OnTask | None = None,
+    ) -> FlowExecution | None:
+        """Take back what lost its worker, then claim the best due flow and run it; return it.
+
+        `templates` narrows the choice to some names. When `stop()` is true at a task boundary
+        the flow is handed back, free to be claimed at once. `on_task` is called with the run,
+        the task's name and its status after each attempt.
+        """
+        repository = self.service.repository
+        repository.drop_broken_connection()
+        names = self._templates if templates is None else set(self._templates) & set(templates)
+        wanted = CLAIMABLE if statuses is None else statuses
+        self.service.recover_expired()
+        if not repository.due(wanted, names).exists():
+            return None
+        run = self._run(
+            lambda: self.service.claim(names, worker_name(), wanted),
+            Worker(self.service, stop=stop, on_task=on_task),
+        )
+        return None if run is None else self.service.get_flow_execution(run.flow)
+
+    def count_due(
+        self,
+        statuses: Sequence[FlowStatus] | None = None,
+        templates: Iterable[str] | None = None,
+    ) -> int:
+        """Return how many flows of the registered templates could be claimed now."""
+        names = self._templates if templates is None else set(self._templates) & set(templates)
+        return self.service.count_due(names, CLAIMABLE if statuses is None else statuses)
+
+    def _run(self, claim: Callable[[], ClaimedRun | None], worker: Worker) -> ClaimedRun | None:
+        with self.service.repository.step():
+            run = claim()
+            if run is None:
+                return None
+            template = self._templates[run.flow.template_name]
+            run.flow.claimed_by = worker_name()
+            started = self.service.start_first_attempt(run, template)
+        if started:
+            worker.run(run, template)
+        return run
+
+    def _dispatch(self, flow: FlowExecution) -> None:
+        if flow.run_at <= self.service.repository.now():
+            get_engine().dispatch(self.service.repository.using)
+
+
+flow_runner = FlowRunner()
+"""The runner that an app's `flows.py` registers its templates with."""
