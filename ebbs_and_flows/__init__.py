@@ -4,7 +4,32 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .exceptions import EbbsAndFlowsError, FailFlow, RetryLater
+from .exceptions import (
+    ChangedEntry,
+    ClaimLost,
+    DuplicateEntry,
+    DuplicateFlowTemplate,
+    EbbsAndFlowsError,
+    EntryTooLarge,
+    FailFlow,
+    FlowExecutionNotFound,
+    FlowTemplateNotFound,
+    FrozenContext,
+    IllegalTransition,
+    ImproperSetting,
+    InvalidArgument,
+    InvalidEntryName,
+    InvalidFlowTemplate,
+    InvalidTaskResult,
+    OuterTransaction,
+    ReferencedObjectGone,
+    RetryLater,
+    TaskInterrupted,
+    TaskNotFound,
+    TemplateDrift,
+    UnreadableValue,
+    UnstorableValue,
+)
 
 if TYPE_CHECKING:
     from .context import ExecutionContext
@@ -16,16 +41,37 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "ChangedEntry",
+    "ClaimLost",
+    "DuplicateEntry",
+    "DuplicateFlowTemplate",
     "EbbsAndFlowsError",
+    "EntryTooLarge",
     "ExecutionContext",
     "FailFlow",
+    "FlowExecutionNotFound",
     "FlowRunner",
     "FlowStatus",
     "FlowTemplate",
+    "FlowTemplateNotFound",
+    "FrozenContext",
+    "IllegalTransition",
+    "ImproperSetting",
+    "InvalidArgument",
+    "InvalidEntryName",
+    "InvalidFlowTemplate",
+    "InvalidTaskResult",
+    "OuterTransaction",
+    "ReferencedObjectGone",
     "Retry",
     "RetryLater",
     "Task",
+    "TaskInterrupted",
+    "TaskNotFound",
     "TaskStatus",
+    "TemplateDrift",
+    "UnreadableValue",
+    "UnstorableValue",
     "context_type",
     "flow_runner",
     "task",

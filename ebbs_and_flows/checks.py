@@ -8,7 +8,9 @@ from django.conf import settings
 from django.core.checks import CheckMessage, Error, Warning  # noqa: A004
 from django.db import connections, router
 
-from .conf import problems
+from .conf import get_settings, problems
+from .engines import get_engine
+from .exceptions import ImproperSetting
 
 
 def check_settings(**kwargs: Any) -> list[CheckMessage]:
@@ -27,6 +29,9 @@ def check_settings(**kwargs: Any) -> list[CheckMessage]:
                 id="ebbs_and_flows.E002",
             )
         )
+    found += _check_engine()
+    found += _check_templates()
+    found += _check_queue()
     connection = connections[router.db_for_write(FlowExecution)]
     options = connection.settings_dict.get("OPTIONS", {})
     if connection.vendor == "sqlite":
@@ -49,4 +54,60 @@ def check_settings(**kwargs: Any) -> list[CheckMessage]:
                     id="ebbs_and_flows.W002",
                 )
             )
+    return found
+
+
+def _check_engine() -> list[CheckMessage]:
+    try:
+        get_engine()
+    except ImproperSetting as error:
+        # What is wrong in the dict itself is named by E001 already.
+        named = problems(getattr(settings, "EBBS_AND_FLOWS", {}))
+        return [] if named else [Error(str(error), id="ebbs_and_flows.E004")]
+    return []
+
+
+def _check_templates() -> list[CheckMessage]:
+    from .runner import flow_runner
+
+    return [
+        Error(
+            f"The flow template {template.name!r} has no tasks.",
+            hint="Add one before registering it.",
+            id="ebbs_and_flows.E003",
+        )
+        for template in flow_runner.templates.values()
+        if not template.tasks
+    ]
+
+
+def _check_queue() -> list[CheckMessage]:
+    """Return what in django-q2's settings would run a message twice, or end it in the middle."""
+    queue = getattr(settings, "Q_CLUSTER", {})
+    timeout, retry = queue.get("timeout"), queue.get("retry", 60)
+    found: list[CheckMessage] = []
+    if timeout is not None and retry <= timeout:
+        found.append(
+            Warning(
+                f"Q_CLUSTER['retry'] is {retry} and its 'timeout' {timeout}, so a message that"
+                " is still being worked on is given to a second worker.",
+                hint="Set 'retry' above 'timeout'.",
+                id="ebbs_and_flows.W003",
+            )
+        )
+    try:
+        slice_seconds = get_settings().SLICE_SECONDS
+    except ImproperSetting:
+        # Named by E001.
+        return found
+    if timeout is not None and timeout <= slice_seconds:
+        found.append(
+            Warning(
+                f"Q_CLUSTER['timeout'] is {timeout}, and a message keeps a worker busy for"
+                f" {slice_seconds} s, so django-q2 would end workers in the middle of a task.",
+                hint="Set 'timeout' well above EBBS_AND_FLOWS['SLICE_SECONDS'], by the longest"
+                " task at least.",
+                id="ebbs_and_flows.W004",
+            )
+        )
     return found

@@ -30,7 +30,7 @@ class Settings:
     """The dotted path of the class that wakes a queue's workers."""
 
 
-MINIMUM = {
+MINIMUM: dict[str, float] = {
     "LEASE_SECONDS": 2,
     "SLICE_SECONDS": 1,
     "PACEMAKER_SECONDS": 0.1,
@@ -40,19 +40,26 @@ MINIMUM = {
 }
 
 
+_ACCEPTED: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,)}
+
+
+def _is_a(value: Any, kind: str) -> bool:
+    return isinstance(value, _ACCEPTED[kind]) and not isinstance(value, bool)
+
+
 def problems(configured: Any) -> list[str]:
     """Take what a project configured; return one sentence for each thing wrong in it."""
     if not isinstance(configured, dict):
         return [f"EBBS_AND_FLOWS is {configured!r}: make it a dict of settings."]
     known = {field.name: field for field in fields(Settings)}
     found = []
+    value: Any
     for name, value in configured.items():
         if name not in known:
             names = ", ".join(sorted(known))
             found.append(f"EBBS_AND_FLOWS has no setting {name!r}: the settings are {names}.")
             continue
-        wanted = {"int": int, "float": (int, float), "str": str}[str(known[name].type)]
-        if isinstance(value, bool) or not isinstance(value, wanted):
+        if not _is_a(value, str(known[name].type)):
             kind = {"int": "a whole number", "float": "a number", "str": "a text"}
             found.append(
                 f"EBBS_AND_FLOWS[{name!r}] is {value!r}: give it {kind[str(known[name].type)]}."

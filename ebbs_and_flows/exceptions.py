@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Final
+
+MAX_DELAY_SECONDS: Final = 10 * 366 * 24 * 3600
+"""The longest wait for a retry, ten years: a longer one is a mistake."""
+
 
 class EbbsAndFlowsError(Exception):
     """The base of all errors that this app raises."""
@@ -117,7 +122,10 @@ class RetryLater(EbbsAndFlowsError, RuntimeError):
     """
 
     def __init__(self, delay: float, reason: str = "") -> None:
-        if delay < 0:
-            raise InvalidArgument(f"RetryLater takes a delay of 0 seconds or more, not {delay}.")
+        # Written so that NaN, which compares false with everything, is refused too.
+        if not isinstance(delay, (int, float)) or not 0 <= delay <= MAX_DELAY_SECONDS:
+            raise InvalidArgument(
+                f"RetryLater takes a delay from 0 to {MAX_DELAY_SECONDS} seconds, not {delay!r}."
+            )
         super().__init__(reason or f"The task asked to be tried again in {delay:g} s.")
         self.delay = delay

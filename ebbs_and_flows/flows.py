@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, overload
 
 from .context import ExecutionContext
-from .exceptions import InvalidFlowTemplate, TaskNotFound
+from .exceptions import MAX_DELAY_SECONDS, InvalidFlowTemplate, TaskNotFound
+from .recurrence import Recurrence
 
 MAX_NAME_LENGTH = 200
 
@@ -31,9 +32,7 @@ def _checked_name(kind: str, name: object) -> str:
 
 
 def _is_number(value: object) -> bool:
-    return (
-        isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    )
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _exception_types(field: str, types: Any) -> tuple[type[BaseException], ...]:
@@ -74,9 +73,9 @@ class Retry:
             )
         for field, least in (("delay", 0), ("backoff", 1), ("max_delay", 0)):
             value = getattr(self, field)
-            if not _is_number(value) or value < least:
+            if not _is_number(value) or not least <= value <= MAX_DELAY_SECONDS:
                 raise InvalidFlowTemplate(
-                    f"Retry({field}={value!r}): give a finite number of {least} or more."
+                    f"Retry({field}={value!r}): give a number from {least} to {MAX_DELAY_SECONDS}."
                 )
         object.__setattr__(self, "on", _exception_types("on", self.on))
         object.__setattr__(self, "never_on", _exception_types("never_on", self.never_on))
@@ -115,9 +114,7 @@ class Task:
     def __init__(self, *, name: str | None = None) -> None:
         self.name = _checked_name("task", name or type(self).name or type(self).__name__)
 
-    def run(
-        self, context: ExecutionContext
-    ) -> ExecutionContext | Awaitable[ExecutionContext]:
+    def run(self, context: ExecutionContext) -> ExecutionContext | Awaitable[ExecutionContext]:
         """Do the work and return the context with the new entries; may be `async def`."""
         raise NotImplementedError(f"{type(self).__name__} has no run(context): write one.")
 
@@ -148,9 +145,7 @@ class FunctionTask(Task):
         self.atomic = atomic  # type: ignore[misc]
         super().__init__(name=name or getattr(function, "__name__", None))
 
-    def run(
-        self, context: ExecutionContext
-    ) -> ExecutionContext | Awaitable[ExecutionContext]:
+    def run(self, context: ExecutionContext) -> ExecutionContext | Awaitable[ExecutionContext]:
         return self.function(context)
 
     @property
@@ -181,10 +176,27 @@ def task(function: Run | None = None, /, **options: Any) -> Any:
 
 
 class FlowTemplate:
-    """The blueprint of a flow: a name and an ordered list of tasks."""
+    """The blueprint of a flow: a name and an ordered list of tasks.
 
-    def __init__(self, name: str, description: str = "", *, tasks: Iterable[Task] = ()) -> None:
+    With `cron`, five fields in the project's time zone, clusters schedule it again and again;
+    `catch_up` says whether each time that was missed makes its flow, or only the latest one.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        description: str = "",
+        *,
+        tasks: Iterable[Task] = (),
+        cron: str | None = None,
+        catch_up: bool = False,
+    ) -> None:
         self.name = _checked_name("flow template", name)
+        self.recurrence: Recurrence | None = None
+        if cron is not None:
+            self.recurrence = Recurrence(
+                name=self.name, template_name=self.name, cron=cron, catch_up=catch_up
+            )
         self.description = description
         self._tasks: list[Task] = []
         for item in tasks:

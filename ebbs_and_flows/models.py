@@ -72,7 +72,9 @@ class FlowExecution(models.Model):
     claimed_by = ExactCharField(_("worker"), max_length=NAME_LENGTH, blank=True, default="")
     # Empty while RUNNING: handed back by its worker at a task boundary, free to be claimed.
     lease_expires_at = models.DateTimeField(null=True, blank=True)
+    # To be cancelled at the end of the task in progress; by whom.
     cancel_requested = models.BooleanField(default=False)
+    cancel_requested_by = ExactCharField(max_length=NAME_LENGTH, blank=True, default="")
     # Attempts at the current task that do not count against its retry allowance.
     forgiven_attempts = models.PositiveIntegerField(default=0)
     # How often the current task lost its worker.
@@ -80,9 +82,7 @@ class FlowExecution(models.Model):
     created_at = models.DateTimeField(_("created"))
     started_at = models.DateTimeField(_("started"), null=True, blank=True)
     finished_at = models.DateTimeField(_("finished"), null=True, blank=True)
-    created_by = ExactCharField(
-        _("scheduled by"), max_length=NAME_LENGTH, blank=True, default=""
-    )
+    created_by = ExactCharField(_("scheduled by"), max_length=NAME_LENGTH, blank=True, default="")
     rerun_of = models.ForeignKey(
         "self",
         verbose_name=_("rerun of"),
@@ -124,16 +124,18 @@ class FlowExecution(models.Model):
                 condition=Q(lease_expires_at__isnull=True) | Q(status=FlowStatus.RUNNING.value),
                 name="%(app_label)s_flow_lease",
             ),
+            models.CheckConstraint(
+                condition=Q(cancel_requested=False) | Q(status=FlowStatus.RUNNING.value),
+                name="%(app_label)s_flow_cancel",
+            ),
         ]
         indexes: ClassVar = [
             # The claim: the best due flow of one status.
-            models.Index(
-                "status", F("priority").desc(), "run_at", "id", name="ebbs_flow_claim"
-            ),
+            models.Index("status", F("priority").desc(), "run_at", "id", name="ebbs_flow_claim"),
             # Recovery: what runs under an expired lease.
             models.Index("status", "lease_expires_at", name="ebbs_flow_lease"),
             # The admin's list by template, and what is to be pruned.
-            models.Index("template_name", "-id", name="ebbs_flow_template"),
+            models.Index("template_name", F("id").desc(), name="ebbs_flow_template"),
             models.Index("status", "finished_at", name="ebbs_flow_finished"),
             models.Index("key", name="ebbs_flow_key"),
         ]
@@ -151,7 +153,8 @@ class FlowExecution(models.Model):
         """The stored context as it is now; its values are decoded on first access."""
         from .context import ExecutionContext
 
-        stored = dict(self.entries.order_by("pk").values_list("name", "value"))
+        entries = ExecutionContextEntry.objects.using(self._state.db).filter(flow_execution=self)
+        stored = dict(entries.order_by("pk").values_list("name", "value"))
         return ExecutionContext.from_stored(stored, flow_execution_id=self.pk)
 
     @property
@@ -246,7 +249,19 @@ class ExecutionContextEntry(models.Model):
         ]
 
     def __str__(self) -> str:
-        return self.name
+        return str(self.name)
+
+
+class PacemakerBeat(models.Model):
+    """One row: when a pacemaker of the whole installation last woke a worker."""
+
+    beat_at = models.DateTimeField()
+
+    class Meta:
+        default_permissions = ()
+
+    def __str__(self) -> str:
+        return f"{self.beat_at}"
 
 
 class FlowTransition(models.Model):

@@ -14,8 +14,14 @@ from django.db.models.functions import Coalesce
 from django.utils import timezone
 
 from .exceptions import OuterTransaction
-from .models import ExecutionContextEntry, FlowExecution, FlowTransition, TaskExecution
-from .status import FlowStatus, TaskStatus
+from .models import (
+    ExecutionContextEntry,
+    FlowExecution,
+    FlowTransition,
+    PacemakerBeat,
+    TaskExecution,
+)
+from .status import WAITING, FlowStatus, TaskStatus
 
 # How many candidates one look-up offers where rows cannot be locked and skipped.
 _CANDIDATES = 20
@@ -30,12 +36,13 @@ class DatabaseNow(models.Func):
         super().__init__()
         self.offset = offset
 
-    def as_sql(self, compiler: Any, connection: Any, **extra: Any) -> Any:
+    def as_sql(self, compiler: Any, connection: Any, *_: Any, **extra: Any) -> Any:
         return "CURRENT_TIMESTAMP + %s", [self.offset]
 
     def as_postgresql(self, compiler: Any, connection: Any, **extra: Any) -> Any:
-        # Not CURRENT_TIMESTAMP, which stands still for the whole transaction.
-        return "(CLOCK_TIMESTAMP() + %s::interval)", [self.offset]
+        # Not CURRENT_TIMESTAMP, which stands still for the whole transaction, nor
+        # CLOCK_TIMESTAMP, which moves within a statement and so cannot bound an index range.
+        return "(STATEMENT_TIMESTAMP() + %s::interval)", [self.offset]
 
     def as_mysql(self, compiler: Any, connection: Any, **extra: Any) -> Any:
         # Django stores UTC, whatever the session's time zone is.
@@ -49,6 +56,9 @@ class DatabaseNow(models.Func):
         return "%s", [connection.ops.adapt_datetimefield_value(now)]
 
 
+_IS_EXPIRED = Q(status=FlowStatus.RUNNING, lease_expires_at__lt=DatabaseNow())
+
+
 @dataclass(slots=True)
 class ClaimedRun:
     """A flow that this process holds: what a worker carries from task to task."""
@@ -59,7 +69,7 @@ class ClaimedRun:
     stored: dict[str, str]
     attempt: int = 0
     task_name: str = ""
-    task_execution_id: int | None = None
+    task_execution_id: int = 0
     # What the attempts before this one leave of the retry allowance.
     forgiven_attempts: int = 0
     interruptions: int = 0
@@ -111,6 +121,12 @@ class FlowRepository:
         else:
             block.__exit__(None, None, None)
 
+    def check_no_outer_transaction(self) -> None:
+        """Raise `OuterTransaction` where a step would not be durable."""
+        if connections[self.using].in_atomic_block:
+            with self.step():
+                pass
+
     def now(self) -> datetime:
         """Return the database's time, aware."""
         connection = connections[self.using]
@@ -118,7 +134,7 @@ class FlowRepository:
             return timezone.now()
         with connection.cursor() as cursor:
             mysql = connection.vendor == "mysql"
-            cursor.execute("SELECT UTC_TIMESTAMP(6)" if mysql else "SELECT CLOCK_TIMESTAMP()")
+            cursor.execute("SELECT UTC_TIMESTAMP(6)" if mysql else "SELECT STATEMENT_TIMESTAMP()")
             now: datetime = cursor.fetchone()[0]
         return now.replace(tzinfo=UTC) if now.tzinfo is None else now
 
@@ -193,22 +209,58 @@ class FlowRepository:
         )
         return dict(entries.order_by("pk").values_list("name", "value"))
 
+    def failed_attempts(self, flow_ids: Iterable[int]) -> QuerySet[TaskExecution]:
+        """The failed attempts of flows, the last one of each last."""
+        attempts = self.attempts.filter(
+            flow_execution__in=list(flow_ids), status=TaskStatus.FAILED
+        )
+        return attempts.order_by("flow_execution", "task_index", "attempt")
+
     def last_attempt(self, flow_id: int, task_index: int) -> int:
         """Return the number of the last attempt at a task of a flow, 0 if there was none."""
         attempts = self.attempts.filter(flow_execution=flow_id, task_index=task_index)
         return attempts.aggregate(last=Max("attempt"))["last"] or 0
 
     def due(
-        self, statuses: Iterable[FlowStatus], template_names: Iterable[str]
+        self, statuses: Sequence[FlowStatus], template_names: Iterable[str] | None = None
     ) -> QuerySet[FlowExecution]:
-        """The flows that could be claimed now, the best one first."""
+        """The flows that could be claimed now, the best one first; of all templates by default."""
+        flows = self.flows.filter(self._is_due(statuses, template_names))
+        return flows.order_by("-priority", "run_at", "id")
+
+    def has_work(
+        self, statuses: Sequence[FlowStatus], template_names: Iterable[str] | None = None
+    ) -> bool:
+        """Whether a flow is due, or has lost its worker: one query."""
+        return self.flows.filter(self._is_due(statuses, template_names) | _IS_EXPIRED).exists()
+
+    @staticmethod
+    def _is_due(statuses: Sequence[FlowStatus], template_names: Iterable[str] | None) -> Q:
         waiting = [status for status in statuses if status is not FlowStatus.RUNNING]
         claimable = Q(status__in=waiting)
-        if len(waiting) < len(list(statuses)):
+        if FlowStatus.RUNNING in statuses:
             claimable |= Q(status=FlowStatus.RUNNING, lease_expires_at=None)
+        if template_names is not None:
+            claimable &= Q(template_name__in=list(template_names))
+        return claimable & Q(run_at__lte=DatabaseNow())
+
+    # The pacemakers
+
+    def take_beat(self, interval: timedelta) -> bool:
+        """Whether the caller is the installation's only pacemaker to wake a worker now."""
+        beats = PacemakerBeat.objects.using(self.using)
+        if beats.filter(pk=1, beat_at__lte=DatabaseNow(-interval)).update(beat_at=DatabaseNow()):
+            return True
+        # The row is made by the first one of an installation.
+        return beats.get_or_create(pk=1, defaults={"beat_at": self.now()})[1]
+
+    def waiting_for_later(self, template_names: Iterable[str]) -> QuerySet[FlowExecution]:
+        """The flows whose moment has not come."""
         return self.flows.filter(
-            claimable, template_name__in=list(template_names), run_at__lte=DatabaseNow()
-        ).order_by("-priority", "run_at", "id")
+            status__in=WAITING,
+            run_at__gt=DatabaseNow(),
+            template_name__in=list(template_names),
+        )
 
     # The claim, the fence, the step
 
@@ -219,7 +271,10 @@ class FlowRepository:
         worker: str,
         lease: timedelta,
     ) -> FlowExecution | None:
-        """Take the best due flow in the caller's transaction; return it as it was before."""
+        """Take the best due flow in the caller's transaction; return it as it was before.
+
+        None when none is due, or when other workers were faster with all that were seen.
+        """
         due = self.due(statuses, template_names)
         if connections[self.using].vendor == "postgresql":
             # MariaDB has SKIP LOCKED too, but locks every row that it sorts, and so hides due
@@ -228,11 +283,7 @@ class FlowRepository:
             if flow is not None:
                 self.claim(flow, worker, lease)
             return flow
-        while candidates := list(due[:_CANDIDATES]):
-            for flow in candidates:
-                if self.claim(flow, worker, lease):
-                    return flow
-        return None
+        return next((flow for flow in due[:_CANDIDATES] if self.claim(flow, worker, lease)), None)
 
     def claim(self, flow: FlowExecution, worker: str, lease: timedelta) -> bool:
         """Take a flow if it is still as it was read; return whether that succeeded."""
@@ -285,7 +336,7 @@ class FlowRepository:
         row.save(using=self.using, force_insert=True)
         return row
 
-    def finish_attempt(self, task_execution_id: int | None, **values: Any) -> None:
+    def finish_attempt(self, task_execution_id: int, **values: Any) -> None:
         """Store how a running attempt ended."""
         self.attempts.filter(pk=task_execution_id, status=TaskStatus.RUNNING).update(
             finished_at=DatabaseNow(), **values
@@ -301,9 +352,7 @@ class FlowRepository:
 
     def expired(self) -> QuerySet[FlowExecution]:
         """The flows whose worker has given no sign of life for a whole lease."""
-        return self.flows.filter(
-            status=FlowStatus.RUNNING, lease_expires_at__lt=DatabaseNow()
-        ).order_by("lease_expires_at")
+        return self.flows.filter(_IS_EXPIRED).order_by("lease_expires_at")
 
     def finished_before(
         self, moment: datetime, statuses: Iterable[FlowStatus]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from .conf import get_settings
+from .context import ExecutionContext
 from .engines import get_engine
 from .exceptions import (
     DuplicateFlowTemplate,
@@ -14,10 +17,13 @@ from .exceptions import (
 )
 from .flows import FlowTemplate
 from .models import FlowExecution
+from .recurrence import Recurrence
 from .repository import ClaimedRun
-from .service import CLAIMABLE, FlowOrPk, FlowService
+from .service import CLAIMABLE, FlowOrPk, FlowService, check_priority
 from .status import FlowStatus
 from .worker import OnTask, Worker, worker_name
+
+logger = logging.getLogger("ebbs_and_flows")
 
 
 class FlowRunner:
@@ -31,6 +37,7 @@ class FlowRunner:
     def __init__(self, service: FlowService | None = None) -> None:
         self.service = service or FlowService()
         self._templates: dict[str, FlowTemplate] = {}
+        self._recurrences: dict[str, Recurrence] = {}
 
     # The registry
 
@@ -55,6 +62,8 @@ class FlowRunner:
             raise DuplicateFlowTemplate(
                 f"A template {template.name!r} is already registered: give this one another name."
             )
+        if template.recurrence is not None:
+            self._add_recurrence(template.recurrence)
         self._templates[template.name] = template
         return template
 
@@ -67,6 +76,70 @@ class FlowRunner:
             raise FlowTemplateNotFound(
                 f"No flow template {name!r} is registered: the registered ones are {known}."
             ) from None
+
+    # Recurring flows
+
+    def schedule_recurring(
+        self,
+        name: str,
+        cron: str,
+        *,
+        context: Mapping[str, Any] | None = None,
+        recurring_name: str | None = None,
+        priority: int = 0,
+        catch_up: bool = False,
+    ) -> Recurrence:
+        """Declare, in a `flows.py`, that clusters schedule a template again and again.
+
+        `cron` has five fields in the project's time zone; `recurring_name`, by default the
+        template's, tells several of one template apart. What the code declares no longer is no
+        longer scheduled. Raises `FlowTemplateNotFound`, `InvalidFlowTemplate`,
+        `DuplicateFlowTemplate` and the errors of the context's values.
+        """
+        template = self.get_flow_template(name)
+        recurrence = Recurrence(
+            name=template.name if recurring_name is None else recurring_name,
+            template_name=template.name,
+            cron=cron,
+            context=ExecutionContext(context or {}),
+            priority=check_priority(priority),
+            catch_up=catch_up,
+        )
+        self._add_recurrence(recurrence)
+        return recurrence
+
+    def _add_recurrence(self, recurrence: Recurrence) -> None:
+        if recurrence.name in self._recurrences:
+            raise DuplicateFlowTemplate(
+                f"A recurring flow {recurrence.name!r} is declared already: give this one another"
+                f" name with recurring_name=."
+            )
+        self._recurrences[recurrence.name] = recurrence
+
+    def sync_recurring(self) -> None:
+        """Have the queue's schedules say what the code declares."""
+        get_engine().sync_recurring(self._recurrences)
+
+    def fire_recurring(self, name: str, intended_at: datetime) -> list[FlowExecution]:
+        """Schedule what a recurring flow's due time asks for; called by the queue.
+
+        The key is made of the name and the time, so that two clusters, or a message that comes
+        twice, make one flow. Returns the flows; none when the code declares it no longer.
+        """
+        recurrence = self._recurrences.get(name)
+        if recurrence is None:
+            logger.warning("The recurring flow %r is not declared any more: not scheduled.", name)
+            return []
+        return [
+            self.schedule_flow(
+                recurrence.template_name,
+                recurrence.context,
+                key=f"{name} {moment.astimezone(UTC):%Y-%m-%dT%H:%MZ}",
+                priority=recurrence.priority,
+                actor="recurring",
+            )
+            for moment in recurrence.missed(intended_at, self.service.repository.now())
+        ]
 
     # Scheduling
 
@@ -89,7 +162,7 @@ class FlowRunner:
         """
         template = self.get_flow_template(name)
         with self.service.repository.atomic():
-            flow, created = self.service.create_flow_execution(
+            flow, created = self.service.get_or_create_flow_execution(
                 template,
                 context,
                 status=FlowStatus.SCHEDULED,
@@ -203,7 +276,10 @@ class FlowRunner:
         One that cannot be claimed is returned as it is, untouched. Raises
         `FlowTemplateNotFound`, `OuterTransaction`.
         """
+        self.service.repository.check_no_outer_transaction()
         wanted = self.service.get_flow_execution(flow)
+        if wanted.status == FlowStatus.RUNNING and self.service.recover_expired():
+            wanted = self.service.get_flow_execution(flow)
         if wanted.status in CLAIMABLE:
             self.get_flow_template(wanted.template_name)
             self._run(lambda: self.service.claim_flow(wanted, worker_name()), Worker(self.service))
@@ -225,16 +301,41 @@ class FlowRunner:
         """
         repository = self.service.repository
         repository.drop_broken_connection()
+        repository.check_no_outer_transaction()
         names = self._templates if templates is None else set(self._templates) & set(templates)
         wanted = CLAIMABLE if statuses is None else statuses
-        self.service.recover_expired()
-        if not repository.due(wanted, names).exists():
+        if not repository.has_work(wanted, names):
             return None
-        run = self._run(
-            lambda: self.service.claim(names, worker_name(), wanted),
-            Worker(self.service, stop=stop, on_task=on_task),
-        )
-        return None if run is None else self.service.get_flow_execution(run.flow)
+        self.service.recover_expired()
+        worker = Worker(self.service, stop=stop, on_task=on_task)
+        while True:
+            run = self._run(lambda: self.service.claim(names, worker_name(), wanted), worker)
+            if run is not None:
+                return self.service.get_flow_execution(run.flow)
+            # Others may have been faster with all that was seen to be due.
+            if not repository.due(wanted, names).exists():
+                return None
+
+    def has_work(self) -> bool:
+        """Whether a flow of the registered templates is due, or has lost its worker."""
+        return self.service.repository.has_work(CLAIMABLE, self._templates)
+
+    def wake_worker(self) -> bool:
+        """Take back what lost its worker, and have a worker woken for what is due.
+
+        Returns whether one was woken: at most one each `PACEMAKER_SECONDS` by all callers on all
+        machines together. This is what a pacemaker does; when nothing is due it is one query.
+        """
+        if not self.has_work():
+            return False
+        self.service.recover_expired()
+        repository = self.service.repository
+        if not repository.due(CLAIMABLE, self._templates).exists():
+            return False
+        if not repository.take_beat(timedelta(seconds=get_settings().PACEMAKER_SECONDS)):
+            return False
+        get_engine().dispatch(repository.using)
+        return True
 
     def count_due(
         self,

@@ -18,6 +18,7 @@ from .exceptions import (
     FlowExecutionNotFound,
     IllegalTransition,
     InvalidArgument,
+    InvalidFlowTemplate,
     TaskNotFound,
     TemplateDrift,
 )
@@ -134,7 +135,7 @@ class FlowService:
 
     def get_flow_execution(self, flow: FlowOrPk) -> FlowExecution:
         """Return the flow as it is stored now; raises `FlowExecutionNotFound`."""
-        pk = flow.pk if isinstance(flow, FlowExecution) else flow
+        pk: Any = flow.pk if isinstance(flow, FlowExecution) else flow
         if isinstance(pk, str) and pk.isascii() and pk.isdigit():
             pk = int(pk)
         if isinstance(pk, int) and not isinstance(pk, bool) and 0 < pk < 2**63:
@@ -152,11 +153,7 @@ class FlowService:
         template_names: Iterable[str] | None = None,
     ) -> FlowExecution | None:
         """Return the best due flow in a status, unclaimed; None if none is due."""
-        names = template_names
-        if names is None:
-            flows = self.repository.flows.filter(status=self.check_strategy(strategy))
-            names = list(flows.values_list("template_name", flat=True).distinct())
-        return self.repository.due([self.check_strategy(strategy)], names).first()
+        return self.repository.due([self.check_strategy(strategy)], template_names).first()
 
     def get_flow_task_execution_history(self, flow: FlowOrPk) -> list[TaskExecution]:
         """Return every attempt of a flow, in order."""
@@ -164,11 +161,31 @@ class FlowService:
         attempts = self.repository.attempts.filter(flow_execution=pk)
         return list(attempts.order_by("task_index", "attempt"))
 
+    def get_failures(self, flows: Iterable[FlowExecution]) -> dict[int, TaskExecution]:
+        """Return what went wrong last in each flow that waits for its failed task, by its id."""
+        stopped = {
+            flow.pk: flow.current_task_index
+            for flow in flows
+            if flow.status in {FlowStatus.FAILED, FlowStatus.RESCHEDULED}
+        }
+        if not stopped:
+            return {}
+        failed = self.repository.failed_attempts(stopped)
+        return {
+            attempt.flow_execution_id: attempt
+            for attempt in failed
+            if attempt.task_index == stopped[attempt.flow_execution_id]
+        }
+
     def count_due(
         self, template_names: Iterable[str], statuses: Sequence[FlowStatus] = CLAIMABLE
     ) -> int:
         """Return how many flows could be claimed now."""
         return self.repository.due(statuses, template_names).count()
+
+    def count_waiting_for_later(self, template_names: Iterable[str]) -> int:
+        """Return how many flows wait for a moment that has not come."""
+        return self.repository.waiting_for_later(template_names).count()
 
     @staticmethod
     def check_strategy(strategy: Any) -> FlowStatus:
@@ -183,6 +200,15 @@ class FlowService:
     # Making flows
 
     def create_flow_execution(
+        self, template: FlowTemplate, context: Mapping[str, Any] | None = None, **options: Any
+    ) -> FlowExecution:
+        """Store a new run of a template, or return the first one with its key.
+
+        Takes the options, and raises the errors, of `get_or_create_flow_execution`.
+        """
+        return self.get_or_create_flow_execution(template, context, **options)[0]
+
+    def get_or_create_flow_execution(
         self,
         template: FlowTemplate,
         context: Mapping[str, Any] | None = None,
@@ -205,12 +231,10 @@ class FlowService:
         key, priority, run_at = check_key(key), check_priority(priority), check_run_at(run_at)
         actor = check_text("actor", actor)
         if not template.tasks:
-            raise InvalidArgument(
+            raise InvalidFlowTemplate(
                 f"Template {template.name!r} has no tasks: add one before scheduling it."
             )
         known = dict(stored or {})
-        if context is not None and not isinstance(context, ExecutionContext):
-            context = ExecutionContext(context)
         added = self._encode(context, known)
         if key is not None and (first := self.repository.find_by_key(template.name, key)):
             return first, False
@@ -275,16 +299,16 @@ class FlowService:
             )
         if index > source.current_task_index:
             raise TaskNotFound(
-                f"Flow {source.pk} has not reached task {from_task!r}: fork it from"
-                f" {source.task_names[source.current_task_index]!r} or an earlier one."
+                f"Flow {source.pk} has not reached task {from_task!r}: fork it from task"
+                f" {source.current_task_index} or an earlier one."
             )
         self.check_drift(template, source.task_names[:index], source.pk)
         stored = self.repository.stored_entries_before(source.pk, index)
         changed = dict(ExecutionContext(changes or {}))
         kept = {name: text for name, text in stored.items() if name not in changed}
-        flow, _ = self.create_flow_execution(
+        return self.create_flow_execution(
             template,
-            ExecutionContext(changed),
+            changed,
             status=FlowStatus.SCHEDULED,
             run_at=run_at,
             priority=source.priority if priority is None else priority,
@@ -293,7 +317,6 @@ class FlowService:
             stored=kept,
             rerun_of=source,
         )
-        return flow
 
     # Changing a status by hand
 
@@ -336,9 +359,7 @@ class FlowService:
             values |= {"finished_at": DatabaseNow() if to_status in FINISHED else None}
         else:
             values |= {"claim": flow.claim + 1, "claimed_by": "", "lease_expires_at": None}
-        unchanged = self.repository.flows.filter(
-            pk=flow.pk, status=flow.status, claim=flow.claim
-        )
+        unchanged = self.repository.flows.filter(pk=flow.pk, status=flow.status, claim=flow.claim)
         if unchanged.update(**values) != 1:
             raise IllegalTransition(
                 f"Flow {flow.pk} has just been changed by somebody else: look at it again."
@@ -373,7 +394,6 @@ class FlowService:
                     current.pk, current.current_task_index
                 ),
                 interruptions=0,
-                cancel_requested=False,
                 **values,
             )
         return self.get_flow_execution(current)
@@ -425,7 +445,6 @@ class FlowService:
                 current_task_index=index + 1,
                 forgiven_attempts=0,
                 interruptions=0,
-                cancel_requested=False,
             )
         return self.get_flow_execution(current)
 
@@ -436,7 +455,10 @@ class FlowService:
             current = self._locked(flow)
             check_transition(current, FlowStatus.CANCELLED)
             if current.status == FlowStatus.RUNNING and current.lease_expires_at is not None:
-                self.repository.held(current.pk, current.claim).update(cancel_requested=True)
+                if not current.cancel_requested:
+                    self.repository.held(current.pk, current.claim).update(
+                        cancel_requested=True, cancel_requested_by=actor
+                    )
             else:
                 self._change(current, FlowStatus.CANCELLED, actor=actor, reason=reason)
         return self.get_flow_execution(current)
@@ -532,7 +554,7 @@ class FlowService:
 
     def update_task_execution(
         self,
-        task_execution_id: int | None,
+        task_execution_id: int,
         status: TaskStatus,
         *,
         output: str = "",
@@ -638,19 +660,26 @@ class FlowService:
         """Write the flow's row through the fence; return False when it was cancelled instead."""
         if self.repository.fenced(run).update(**values) == 1:
             return True
+        flow = self.repository.lock(run.flow.pk)
         cancelled = {
             "status": FlowStatus.CANCELLED,
+            "cancel_requested": False,
             "finished_at": DatabaseNow(),
             "lease_expires_at": None,
             "current_task_index": values.get("current_task_index", run.task_index),
         }
         held = self.repository.held(run.flow.pk, run.claim).filter(cancel_requested=True)
-        if held.update(**cancelled) != 1:
+        if flow is None or held.update(**cancelled) != 1:
             raise ClaimLost(
                 f"Flow {run.flow.pk} is no longer held under claim {run.claim}: this worker"
                 f" stops and writes nothing more."
             )
-        self._record(run, FlowStatus.CANCELLED, reason="Cancelled at the end of a task")
+        self._record(
+            run,
+            FlowStatus.CANCELLED,
+            actor=flow.cancel_requested_by,
+            reason="Cancelled at the end of a task",
+        )
         return False
 
     def _end(self, run: ClaimedRun, status: FlowStatus) -> None:
@@ -658,10 +687,12 @@ class FlowService:
         if self._advance(run, values):
             self._record(run, status)
 
-    def _record(self, run: ClaimedRun, to_status: FlowStatus, reason: str = "") -> None:
+    def _record(
+        self, run: ClaimedRun, to_status: FlowStatus, actor: str = "", reason: str = ""
+    ) -> None:
+        actor = actor or run.flow.claimed_by
         self.repository.insert_transitions(
-            run.flow.pk,
-            [transition(FlowStatus.RUNNING, to_status, actor=run.flow.claimed_by, reason=reason)],
+            run.flow.pk, [transition(FlowStatus.RUNNING, to_status, actor=actor, reason=reason)]
         )
 
     # Recovery and pruning
@@ -681,6 +712,7 @@ class FlowService:
         values: dict[str, Any] = {
             "status": to_status,
             "lease_expires_at": None,
+            "cancel_requested": False,
             "interruptions": flow.interruptions + 1,
             "finished_at": DatabaseNow() if over else None,
         }
@@ -699,11 +731,10 @@ class FlowService:
         self.repository.finish_running_attempts(
             flow.pk, status=TaskStatus.FAILED, output=output, error_type="TaskInterrupted"
         )
-        path = [
-            transition(FlowStatus.RUNNING, FlowStatus.FAILED, actor="recovery", reason=output)
-        ]
+        path = [transition(FlowStatus.RUNNING, FlowStatus.FAILED, actor="recovery", reason=output)]
         if to_status is not FlowStatus.FAILED:
-            path.append(transition(FlowStatus.FAILED, to_status, actor="recovery"))
+            by = flow.cancel_requested_by if flow.cancel_requested else ""
+            path.append(transition(FlowStatus.FAILED, to_status, actor=by or "recovery"))
         self.repository.insert_transitions(flow.pk, path)
         return True
 
@@ -740,18 +771,25 @@ class FlowService:
 
         With `dry_run` only count them.
         """
-        before = self.repository.now() - older_than
+        try:
+            before = self.repository.now() - older_than
+        except OverflowError:
+            return 0
         flows = self.repository.finished_before(before, statuses)
         if template_name is not None:
             flows = flows.filter(template_name=template_name)
         if dry_run:
             return flows.count()
         deleted = 0
-        while batch := list(flows.order_by("finished_at").values_list("pk", flat=True)[:batch_size]):
+        while batch := list(
+            flows.order_by("finished_at").values_list("pk", flat=True)[:batch_size]
+        ):
             with self.repository.atomic():
                 # Asked again: one that was rescheduled meanwhile is kept.
                 doomed = flows.filter(pk__in=batch).select_for_update()
-                deleted += doomed.delete()[1].get(FlowExecution._meta.label, 0)
+                locked = list(doomed.values_list("pk", flat=True))
+                self.repository.flows.filter(pk__in=locked).delete()
+                deleted += len(locked)
         return deleted
 
     @property

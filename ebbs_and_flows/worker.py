@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import timedelta
+from types import TracebackType
 
 from asgiref.sync import async_to_sync
 from django.db import DatabaseError, InterfaceError, OperationalError, connections
@@ -43,10 +44,15 @@ def worker_name() -> str:
 def describe(error: BaseException, max_bytes: int) -> str:
     """Return an error's type and message, then its traceback with causes and notes.
 
-    Over `max_bytes` bytes of UTF-8 it is cut in the middle, and says so.
+    It begins at the task's own code. Over `max_bytes` bytes of UTF-8 it is cut in the middle,
+    and says so.
     """
-    shown = traceback.TracebackException.from_exception(error)
+    frame = error.__traceback__
+    while frame and frame.tb_next and _is_ours(frame):
+        frame = frame.tb_next
+    shown = traceback.TracebackException(type(error), error, frame)
     headline = "".join(shown.format_exception_only()).strip()
+    headline = headline.removeprefix("ebbs_and_flows.exceptions.")
     text = storable_text(f"{headline}\n\n{''.join(shown.format())}")
     encoded = text.encode()
     if len(encoded) <= max_bytes:
@@ -55,6 +61,10 @@ def describe(error: BaseException, max_bytes: int) -> str:
     half = (max_bytes - len(cut.encode())) // 2
     head, tail = encoded[:half], encoded[-half:]
     return head.decode(errors="ignore") + cut + tail.decode(errors="ignore")
+
+
+def _is_ours(frame: TracebackType) -> bool:
+    return str(frame.tb_frame.f_globals.get("__name__", "")).startswith("ebbs_and_flows.")
 
 
 def error_name(error: BaseException) -> str:
@@ -132,9 +142,7 @@ class Worker:
                 while self._run_task(run, tasks):
                     pass
         except ClaimLost as lost:
-            logger.warning(
-                "%s", lost, extra={"flow": run.flow.pk, "template": template.name}
-            )
+            logger.warning("%s", lost, extra={"flow": run.flow.pk, "template": template.name})
         except (KeyboardInterrupt, GeneratorExit):
             self._interrupt(run)
             raise
@@ -179,14 +187,14 @@ class Worker:
     def _call(self, task: Task, run: ClaimedRun) -> dict[str, str]:
         """Run the task's code and return its new entries in their stored form."""
         context = ExecutionContext.from_stored(
-            dict(run.stored),
+            run.stored,
             flow_execution_id=run.flow.pk,
             task_name=run.task_name,
             attempt=run.attempt,
             idempotency_key=f"{run.flow.pk}-{run.task_index}-{run.task_name}",
         )
         try:
-            result = task.run(context)
+            result: object = task.run(context)
             if inspect.isawaitable(result):
                 result = async_to_sync(_wait_for)(result)
             if not isinstance(result, ExecutionContext):
@@ -194,10 +202,11 @@ class Worker:
                     f"Task {task.name!r} returned {type(result).__name__}: return the context,"
                     f" or context.with_entries(…) with what is new."
                 )
-            return result.encode_new_entries(
-                run.stored, max_bytes=get_settings().MAX_ENTRY_BYTES
-            )
-        except (Exception, SystemExit) as error:
+            return result.encode_new_entries(run.stored, max_bytes=get_settings().MAX_ENTRY_BYTES)
+        except (KeyboardInterrupt, GeneratorExit):
+            raise
+        except BaseException as error:
+            # SystemExit and a cancelled coroutine too: the process goes on, the attempt does not.
             raise _BodyFailed(error) from error
 
     def _fail(self, run: ClaimedRun, task: Task, error: BaseException) -> None:
@@ -209,6 +218,7 @@ class Worker:
             if task.retry.covers(error, made):
                 retry_after = task.retry.delay_after(made)
         output = describe(error, get_settings().MAX_OUTPUT_BYTES)
+        self._service.repository.drop_broken_connection()
         with self._service.repository.step():
             self._service.fail_step(
                 run,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Protocol, cast
 
@@ -9,6 +10,7 @@ from django.utils.module_loading import import_string
 
 from ..conf import get_settings
 from ..exceptions import ImproperSetting
+from ..recurrence import Recurrence
 
 
 class Engine(Protocol):
@@ -16,6 +18,12 @@ class Engine(Protocol):
 
     def dispatch(self, using: str) -> None:
         """Tell some worker that a flow is due, once the current transaction commits."""
+
+    def connect(self, on_worker_start: Callable[[], None]) -> None:
+        """Have this called in each of the queue's worker processes when it starts."""
+
+    def sync_recurring(self, recurrences: Mapping[str, Recurrence]) -> None:
+        """Make, change and remove the queue's own schedules, so that they fit those given."""
 
 
 @cache

@@ -1,0 +1,46 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo demo-once test lint format package clean
+
+# Real data through real flows on SQLite, then the admin until Ctrl-C.
+demo: $(VENV)/demo.stamp
+	$(BIN)/python manage.py demo
+
+# The same for scripts: ends after the runs.
+demo-once: $(VENV)/demo.stamp
+	$(BIN)/python manage.py demo --once
+
+# The suite on SQLite and on each database server that answers.
+test: $(VENV)/test.stamp
+	$(BIN)/python tests/on_every_database.py -q -n 2
+
+lint: $(VENV)/lint.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/djlint --lint --quiet ebbs_and_flows/templates
+
+format: $(VENV)/lint.stamp
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Builds the distribution and imports it from an environment that holds nothing else.
+package: $(VENV)/lint.stamp
+	rm -rf build dist $(VENV)/empty
+	$(BIN)/python -m build --quiet
+	$(PYTHON) -m venv $(VENV)/empty
+	$(VENV)/empty/bin/pip install --quiet dist/*.whl
+	cd $(VENV) && empty/bin/python ../tests/installed.py
+
+clean:
+	rm -rf $(VENV) build dist demo_project/var *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/%.stamp: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/pip install --quiet --editable ".[$*]"
+	touch $@

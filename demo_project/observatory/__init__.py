@@ -1,0 +1,1 @@
+"""The observatory: imports weather and airports, publishes reports, posts bulletins."""

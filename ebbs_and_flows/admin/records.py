@@ -1,0 +1,100 @@
+"""Attempts and entries, to look at; nobody adds, edits or deletes a record by hand."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from django.contrib import admin
+from django.http import HttpRequest
+from django.utils.html import format_html
+from django.utils.safestring import SafeString
+from django.utils.translation import gettext_lazy as _
+
+from ..models import ExecutionContextEntry, TaskExecution
+from .paginator import BoundedPaginator
+from .pieces import MAX_SHOWN, pill, shown_value
+
+if TYPE_CHECKING:
+    _ModelAdmin = admin.ModelAdmin[Any]
+else:
+    _ModelAdmin = admin.ModelAdmin
+
+
+class ReadOnlyAdmin(_ModelAdmin):
+    """Shows records and changes none."""
+
+    show_full_result_count = False
+    paginator = BoundedPaginator
+    list_select_related: ClassVar[Any] = ("flow_execution",)
+    ordering = ("-id",)
+    actions = None
+
+    class Media:
+        css = {"all": ("ebbs_and_flows/admin.css",)}  # noqa: RUF012 - as Django's docs have it
+
+    def has_add_permission(self, request: HttpRequest, obj: Any = None) -> bool:
+        return False
+
+    def has_change_permission(self, request: HttpRequest, obj: Any = None) -> bool:
+        return False
+
+    def has_delete_permission(self, request: HttpRequest, obj: Any = None) -> bool:
+        return False
+
+
+@admin.register(TaskExecution)
+class TaskExecutionAdmin(ReadOnlyAdmin):
+    """Every attempt at every task."""
+
+    list_display = ("__str__", "flow_execution", "status_pill", "started_at", "error_type")
+    list_filter = ("status",)
+    fields = (
+        "flow_execution",
+        "task_index",
+        "task_name",
+        "attempt",
+        "status_pill",
+        "started_at",
+        "finished_at",
+        "error_type",
+        "output_text",
+    )
+    readonly_fields = fields
+
+    @admin.display(description=_("status"), ordering="status")
+    def status_pill(self, attempt: TaskExecution) -> SafeString:
+        """The status in a pill."""
+        return pill(attempt.status)
+
+    @admin.display(description=_("output"))
+    def output_text(self, attempt: TaskExecution) -> SafeString:
+        """The output as it was written."""
+        return format_html('<pre class="ebbs-text" dir="auto">{}</pre>', attempt.output)
+
+
+@admin.register(ExecutionContextEntry)
+class ExecutionContextEntryAdmin(ReadOnlyAdmin):
+    """Every entry of every context; what looks secret is masked."""
+
+    list_display = ("name", "flow_execution", "task_execution")
+    list_select_related = ("flow_execution", "task_execution")
+    fields = ("flow_execution", "task_execution", "name", "value_type", "value_text")
+    readonly_fields = fields
+
+    def get_queryset(self, request: HttpRequest) -> Any:
+        """Leave the values of a list where they are."""
+        return super().get_queryset(request).defer("value")
+
+    @admin.display(description=_("type"))
+    def value_type(self, entry: ExecutionContextEntry) -> str:
+        """The type that it was stored as."""
+        return self._shown(entry).type or "-"
+
+    @admin.display(description=_("value"))
+    def value_text(self, entry: ExecutionContextEntry) -> SafeString:
+        """The stored JSON."""
+        return format_html('<pre class="ebbs-text" dir="auto">{}</pre>', self._shown(entry).text)
+
+    @staticmethod
+    def _shown(entry: ExecutionContextEntry) -> Any:
+        return shown_value(entry.name, entry.value[:MAX_SHOWN], len(entry.value))

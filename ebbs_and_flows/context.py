@@ -1,0 +1,251 @@
+"""`ExecutionContext`: the named values that travel through a flow."""
+
+from __future__ import annotations
+
+import copy
+import unicodedata
+from collections.abc import Iterator, Mapping
+from typing import Any, Final, Self
+
+from .exceptions import (
+    ChangedEntry,
+    DuplicateEntry,
+    EntryTooLarge,
+    FrozenContext,
+    InvalidEntryName,
+    ReferencedObjectGone,
+    UnreadableValue,
+    UnstorableValue,
+)
+from .values import decode, encode, same_value
+
+MAX_NAME_LENGTH: Final = 200
+"""The length of an entry's name at most, in characters."""
+
+# Control characters, lone surrogates, line and paragraph separators.
+_REFUSED_CATEGORIES: Final = frozenset({"Cc", "Cs", "Zl", "Zp"})
+
+
+class ExecutionContext(Mapping[str, Any]):
+    """The named values that travel through a flow, and what a task may know of its attempt.
+
+    The context that a task receives is frozen, and its values are decoded on first access.
+    `flow_execution_id` is the flow's primary key, `attempt` counts from 1, and `idempotency_key`
+    is the same over all attempts at one task of one flow. Outside of a task they are None, 0
+    and empty.
+
+    Raises `InvalidEntryName` for a name that no entry can have, `UnstorableValue` (a `TypeError`)
+    for entries that are not a mapping.
+    """
+
+    __slots__ = (
+        "_added",
+        "_decoded",
+        "_frozen",
+        "_stored",
+        "attempt",
+        "flow_execution_id",
+        "idempotency_key",
+        "task_name",
+    )
+
+    flow_execution_id: int | None
+    task_name: str
+    attempt: int
+    idempotency_key: str
+
+    def __init__(self, entries: Mapping[str, Any] | None = None) -> None:
+        if entries is not None and not isinstance(entries, Mapping):
+            raise UnstorableValue(
+                "An ExecutionContext is made from a mapping of names to values, not from a"
+                f" {type(entries).__qualname__}: give it a dict, such as {{'order_id': 42}}."
+            )
+        self._stored: dict[str, str] = {}
+        self._decoded: dict[str, Any] = {}
+        self._added: dict[str, Any] = {}
+        self._frozen = False
+        self.flow_execution_id = None
+        self.task_name = ""
+        self.attempt = 0
+        self.idempotency_key = ""
+        if isinstance(entries, ExecutionContext):
+            self._take_entries(entries)
+        elif entries is not None:
+            for name, value in entries.items():
+                self.add(name, value)
+
+    @classmethod
+    def from_stored(
+        cls,
+        stored: Mapping[str, str],
+        *,
+        flow_execution_id: int | None = None,
+        task_name: str = "",
+        attempt: int = 0,
+        idempotency_key: str = "",
+    ) -> Self:
+        """Return the frozen context of a task, from the names and texts of its stored entries."""
+        context = cls()
+        context._stored = dict(stored)
+        context._frozen = True
+        context.flow_execution_id = flow_execution_id
+        context.task_name = task_name
+        context.attempt = attempt
+        context.idempotency_key = idempotency_key
+        return context
+
+    def add(self, name: str, value: Any) -> None:
+        """Add an entry.
+
+        Raises `FrozenContext` in the context that a task received, `InvalidEntryName` for a name
+        that no entry can have, `DuplicateEntry` for one that is there already.
+        """
+        if self._frozen:
+            raise FrozenContext(
+                "The context that a task receives is read-only: return"
+                " context.with_entries(name=value), or add to context.copy() and return that."
+            )
+        name = _checked_name(name)
+        if name in self:
+            raise DuplicateEntry(
+                f"The context has an entry {name!r} already, and entries are never changed: add it"
+                " under another name."
+            )
+        self._added[name] = value
+
+    def copy(self) -> Self:
+        """Return a context with the same entries and attributes that can be added to."""
+        return self.__copy__()
+
+    def with_entries(self, /, **new: Any) -> Self:
+        """Return a copy with the new entries added; raises what `add` raises."""
+        context = self.copy()
+        for name, value in new.items():
+            context.add(name, value)
+        return context
+
+    def encode_new_entries(self, stored: Mapping[str, str], *, max_bytes: int) -> dict[str, str]:
+        """Return the texts of the entries that are not in `stored`, by name.
+
+        Takes the names and texts that the flow has stored, and the size of a text at most, in
+        bytes of UTF-8. What is stored is neither decoded nor encoded again, so a changed list
+        in it goes unnoticed and a reference to a deleted object does no harm.
+
+        Raises `ChangedEntry` for a stored name with another value, `UnstorableValue` and
+        `EntryTooLarge` for a value that cannot be stored.
+        """
+        new = {}
+        for name in self:
+            text = self._text(name)
+            if name not in stored:
+                _check_size(name, text, max_bytes)
+                new[name] = text
+            elif not same_value(text, stored[name]):
+                raise ChangedEntry(
+                    f"The entry {name!r} is stored with another value, and entries are never"
+                    " changed: return the new value under another name."
+                )
+        return new
+
+    def __getitem__(self, name: str) -> Any:
+        if name in self._added:
+            return self._added[name]
+        if name not in self._decoded:
+            if name not in self._stored:
+                names = ", ".join(self) or "none"
+                raise KeyError(f"The context has no entry {name!r}. Its entries: {names}.")
+            self._decoded[name] = self._decode(name)
+        return self._decoded[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._added or name in self._stored
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._stored
+        yield from self._added
+
+    def __len__(self) -> int:
+        return len(self._stored) + len(self._added)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {', '.join(self) or 'no entries'}>"
+
+    def __copy__(self) -> Self:
+        context = type(self).__new__(type(self))
+        context.__setstate__(self.__getstate__())
+        context._take_entries(self)
+        context._frozen = False
+        return context
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        context = self.copy()
+        memo[id(self)] = context
+        context._decoded = {}
+        context._added = copy.deepcopy(self._added, memo)
+        return context
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Decoded values are left out: they are made again from the stored texts.
+        names = (name for name in ExecutionContext.__slots__ if name != "_decoded")
+        return {name: getattr(self, name) for name in names}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._decoded = {}
+        for name, value in state.items():
+            setattr(self, name, value)
+
+    def _take_entries(self, other: ExecutionContext) -> None:
+        self._stored = dict(other._stored)
+        self._decoded = dict(other._decoded)
+        self._added = dict(other._added)
+
+    def _decode(self, name: str) -> Any:
+        try:
+            return decode(self._stored[name])
+        except UnreadableValue as error:
+            raise UnreadableValue(f"The entry {name!r} cannot be read. {error}") from error
+        except ReferencedObjectGone as error:
+            raise ReferencedObjectGone(f"The entry {name!r} cannot be read. {error}") from error
+
+    def _text(self, name: str) -> str:
+        if name in self._stored:
+            return self._stored[name]
+        value = self._added[name]
+        try:
+            return encode(value)
+        except UnstorableValue as error:
+            raise UnstorableValue(
+                f"The entry {name!r}, a {type(value).__qualname__}, cannot be stored. {error}"
+            ) from error
+
+
+def _check_size(name: str, text: str, max_bytes: int) -> None:
+    size = len(text.encode())
+    if size > max_bytes:
+        raise EntryTooLarge(
+            f"The entry {name!r} takes {size} bytes, and {max_bytes} are allowed: store it"
+            " in a file or a table of your own and its name or key in the context, or raise"
+            " EBBS_AND_FLOWS['MAX_ENTRY_BYTES']."
+        )
+
+
+def _checked_name(name: Any) -> str:
+    if not isinstance(name, str):
+        raise InvalidEntryName(
+            f"An entry's name is a text, not a {type(name).__qualname__}: {name!r}."
+        )
+    plain = str.__str__(name)
+    if not plain or plain != plain.strip():
+        raise InvalidEntryName(
+            f"An entry's name cannot be empty, nor begin or end with a space: {plain!r}."
+        )
+    if len(plain) > MAX_NAME_LENGTH:
+        raise InvalidEntryName(
+            f"An entry's name has at most {MAX_NAME_LENGTH} characters, not {len(plain)}:"
+            f" {plain[:40]!r}..."
+        )
+    if any(unicodedata.category(character) in _REFUSED_CATEGORIES for character in plain):
+        raise InvalidEntryName(
+            f"An entry's name cannot hold control characters or lone surrogates: {plain!r}."
+        )
+    return plain

@@ -1,0 +1,221 @@
+"""Reads what is typed after a command: entries, moments, durations. Refuses in a sentence."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from django.core.management import CommandError
+from django.db import InterfaceError, OperationalError, ProgrammingError
+from django.utils import timezone
+from django.utils.dateparse import parse_date, parse_datetime
+
+from ..exceptions import EbbsAndFlowsError, FlowTemplateNotFound
+from ..models import NAME_LENGTH
+from ..runner import flow_runner
+
+_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
+_DURATION = re.compile(r"(\d{1,9})([smhdw])", re.ASCII)
+_MOST = 2**31 - 1
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """Turn the app's own errors, and a database's that is not there, into the command's."""
+    try:
+        yield
+    except EbbsAndFlowsError as error:
+        raise CommandError(str(error)) from error
+    except (OperationalError, InterfaceError, ProgrammingError) as error:
+        raise CommandError(
+            f"The database cannot be used ({first_line(error)}): look whether it runs, and whether"
+            f" manage.py migrate has been run."
+        ) from error
+
+
+def first_line(error: BaseException) -> str:
+    """Return what an error says, in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+def actor(command: str) -> str:
+    """Return on whose behalf a command acts: itself, by the user of the operating system."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):
+        user = "an unknown user"
+    return "".join(filter(str.isprintable, f"command {command} by {user}"))[:NAME_LENGTH]
+
+
+# Entries
+
+
+def entries(given: Iterable[str] | None, as_json: str | None = None) -> dict[str, Any]:
+    """Return the entries of `name=value` texts and of one JSON object.
+
+    A value of the former that is JSON is read as JSON, any other is a text.
+    """
+    found = {} if as_json is None else _object(as_json)
+    for text in given or ():
+        name, separator, value = text.partition("=")
+        if not separator or not name:
+            raise CommandError(f"--entry {text[:80]!r} is no entry: write it as name=value.")
+        if name in found:
+            raise CommandError(f"The entry {name!r} is given twice: give each name once.")
+        try:
+            found[name] = _json(value)
+        except (ValueError, RecursionError):
+            found[name] = value
+    return found
+
+
+def _object(text: str) -> dict[str, Any]:
+    try:
+        found = _json(text)
+    except (ValueError, RecursionError) as error:
+        raise CommandError(
+            f"--entries-json {text[:80]!r} is not JSON ({first_line(error)}): give an object, such"
+            f' as {{"order_id": 42}}.'
+        ) from error
+    if not isinstance(found, dict):
+        raise CommandError(
+            f"--entries-json {text[:80]!r} is no JSON object: give names with their values, such"
+            f' as {{"order_id": 42}}.'
+        )
+    return found
+
+
+def _json(text: str) -> Any:
+    return json.loads(
+        text,
+        parse_constant=_refuse_number,
+        parse_float=_finite,
+        object_pairs_hook=_each_name_once,
+    )
+
+
+def _refuse_number(text: str) -> Any:
+    raise ValueError(f"{text} is no number in JSON")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    # Too large for a float, which would silently store infinity.
+    return number if math.isfinite(number) else _refuse_number(text)
+
+
+def _each_name_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise CommandError(f"The name {name!r} is given twice in JSON: give each name once.")
+        found[name] = value
+    return found
+
+
+# Times
+
+
+def duration(option: str, text: str) -> timedelta:
+    """Return the duration of a text such as 90d, 12h, 30m or 45s."""
+    match = _DURATION.fullmatch(text.strip())
+    if match is None:
+        raise CommandError(
+            f"{option} {text[:80]!r} is no duration: write a number and s, m, h, d or w, such as"
+            f" 90d."
+        )
+    try:
+        return timedelta(**{_UNITS[match[2]]: int(match[1])})
+    except OverflowError as error:
+        raise CommandError(f"{option} {text!r} is too long: give a shorter one.") from error
+
+
+def moment(option: str, text: str, *, sign: int = 1) -> datetime:
+    """Return an aware moment: an ISO date or time, or a duration from now (`sign` -1: ago).
+
+    One without an offset is in the project's time zone, and exists there exactly once.
+    """
+    plain = text.strip().removeprefix("+")
+    if _DURATION.fullmatch(plain):
+        try:
+            return timezone.now() + sign * duration(option, plain)
+        except OverflowError as error:
+            raise CommandError(
+                f"{option} {text!r} is out of the calendar: give a shorter time."
+            ) from error
+    try:
+        found = parse_datetime(plain)
+        day = None if found else parse_date(plain)
+    except ValueError:
+        found = day = None
+    if day is not None:
+        found = datetime(day.year, day.month, day.day)  # noqa: DTZ001 - made aware below
+    if found is None:
+        raise CommandError(
+            f"{option} {text[:80]!r} is no moment: write 2026-12-31T06:00, 2026-12-31 or 2h."
+        )
+    try:
+        # Stored in UTC, where it may fall out of the calendar.
+        aware = _here(option, text, found) if timezone.is_naive(found) else found
+        return aware.astimezone(UTC)
+    except (OverflowError, ValueError) as error:
+        raise CommandError(
+            f"{option} {text!r} is out of the calendar: give a year from 1001 to 9998."
+        ) from error
+
+
+def _here(option: str, text: str, naive: datetime) -> datetime:
+    zone = timezone.get_current_timezone()
+    first, second = (naive.replace(tzinfo=zone, fold=fold) for fold in (0, 1))
+    if first.utcoffset() == second.utcoffset():
+        return first
+    if first.astimezone(UTC).astimezone(zone).replace(tzinfo=None) != naive:
+        raise CommandError(
+            f"{option} {text!r} does not exist in {zone}, where the clocks are put forward then:"
+            f" give another time, or one with its offset, such as {_offset(first)}."
+        )
+    raise CommandError(
+        f"{option} {text!r} comes twice in {zone}, where the clocks are put back then: add the"
+        f" offset, {_offset(first)} or {_offset(second)}."
+    )
+
+
+def _offset(moment: datetime) -> str:
+    return moment.isoformat()[len(moment.replace(tzinfo=None).isoformat()) :]
+
+
+# Flows and templates
+
+
+def flow_ids(given: Iterable[str]) -> list[int]:
+    """Return the ids of flows, each once, in their order."""
+    found: dict[int, None] = {}
+    for text in given:
+        if not (text.isascii() and text.isdigit() and 0 < int(text[:20]) < 2**63):
+            raise CommandError(f"{text[:40]!r} is no id of a flow execution: give a whole number.")
+        found[int(text)] = None
+    return list(found)
+
+
+def known_template(name: str) -> None:
+    """Refuse a template that is neither registered nor the template of any stored flow."""
+    try:
+        flow_runner.get_flow_template(name)
+    except FlowTemplateNotFound:
+        # Removed from the code: its flows can still be shown and pruned.
+        if not flow_runner.service.repository.flows.filter(template_name=name).exists():
+            raise
+
+
+def positive(option: str, number: int | None) -> None:
+    """Refuse a number below 1, and one that no database takes."""
+    if number is not None and number < 1:
+        raise CommandError(f"{option} {number} is too small: give 1 or more.")
+    if number is not None and number > _MOST:
+        raise CommandError(f"{option} {number} is too large: give {_MOST} or less.")

@@ -1,0 +1,154 @@
+"""`manage.py rerunflow`: continues failed flows, or runs flows again."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from typing import Any
+
+from django.core.management import BaseCommand, CommandError
+from django.db import transaction
+from django.db.models import QuerySet
+
+from ...exceptions import FlowExecutionNotFound, IllegalTransition
+from ...models import FlowExecution
+from ...runner import flow_runner
+from ...status import FlowStatus
+from ..arguments import actor, entries, flow_ids, moment, refusals
+
+_BATCH = 500
+
+
+class Command(BaseCommand):
+    """Continue failed flows from the failed task, or run flows again."""
+
+    help = (
+        "Continues failed flows from the failed task, in the background or by runflows. With"
+        " --from-task or --entry, and for flows that succeeded or were cancelled, it schedules a"
+        " new flow that starts there with the context as that task first saw it. Of several ids"
+        " all are rerun, or none."
+    )
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Add the options."""
+        parser.add_argument("id", nargs="*", help="Flows to rerun.")
+        parser.add_argument(
+            "--from-task", metavar="NAME", help="A task's name or index; by default the first."
+        )
+        parser.add_argument(
+            "--entry", action="append", metavar="NAME=VALUE", help="A corrected entry; repeatable."
+        )
+        parser.add_argument("--failed", action="store_true", help="All that failed.")
+        parser.add_argument("--template", metavar="NAME", help="With --failed: only this one.")
+        parser.add_argument(
+            "--since", metavar="MOMENT", help="With --failed: failed since 2026-12-31, or 12h ago."
+        )
+        parser.add_argument(
+            "--dry-run", action="store_true", help="Only say what would be done, and if it can be."
+        )
+
+    def handle(self, *args: Any, **options: Any) -> None:
+        """Rerun them and say what was done."""
+        forking = options["from_task"] is not None or bool(options["entry"])
+        narrowed = options["template"] is not None or options["since"] is not None
+        if options["failed"] == bool(options["id"]):
+            raise CommandError("Give either the ids of flows or --failed.")
+        if options["failed"] and forking:
+            raise CommandError("--from-task and --entry go with ids, not with --failed.")
+        if not options["failed"] and narrowed:
+            raise CommandError("--template and --since go with --failed, not with ids.")
+        with refusals():
+            if options["failed"]:
+                flows = self._failed(options["template"], options["since"])
+                if options["dry_run"]:
+                    self.stdout.write(f"{_flows(flows.count(), 'would be')} rescheduled.")
+                else:
+                    self._reschedule(flows)
+            else:
+                changes = entries(options["entry"]) if forking else None
+                pks = flow_ids(options["id"])
+                self._rerun(pks, options["from_task"], changes, options["dry_run"])
+
+    def _rerun(
+        self,
+        pks: list[int],
+        from_task: str | None,
+        changes: dict[str, Any] | None,
+        dry_run: bool,
+    ) -> None:
+        """Rerun these flows; `changes` that are None leave what failed to be continued."""
+        repository = flow_runner.service.repository
+        lines = []
+        # All or none: a mistake in the last id leaves the first one as it is.
+        with repository.atomic():
+            for pk in pks:
+                flow = flow_runner.service.get_flow_execution(pk)
+                if changes is None and flow.status not in _RUN_AGAIN:
+                    lines.append(self._continue(flow, dry_run))
+                else:
+                    lines.append(self._fork(flow, from_task, changes, dry_run))
+            if dry_run:
+                # Done and undone, so that whatever would be refused is refused now.
+                transaction.set_rollback(True, using=repository.using)
+        self.stdout.write("\n".join(lines))
+
+    @staticmethod
+    def _continue(flow: FlowExecution, dry_run: bool) -> str:
+        flow_runner.reschedule_flow_execution(flow, actor=actor("rerunflow"))
+        name = (*flow.task_names, "the end")[flow.current_task_index]
+        return f"{flow} {'would continue' if dry_run else 'continues'} at task {name!r}."
+
+    @staticmethod
+    def _fork(
+        flow: FlowExecution, from_task: str | None, changes: dict[str, Any] | None, dry_run: bool
+    ) -> str:
+        fork = flow_runner.fork_flow_execution(
+            flow,
+            from_task=flow.first_task_index if from_task is None else _task(flow, from_task),
+            changes=changes,
+            actor=actor("rerunflow"),
+        )
+        again = f"a rerun of {flow} from task {fork.task_names[fork.first_task_index]!r}."
+        return f"It would schedule {again}" if dry_run else f"{fork} is scheduled: {again}"
+
+    def _reschedule(self, flows: QuerySet[FlowExecution]) -> None:
+        done = left = 0
+        for flow in _in_batches(flows):
+            try:
+                flow_runner.reschedule_flow_execution(flow, actor=actor("rerunflow"))
+                done += 1
+            except (IllegalTransition, FlowExecutionNotFound):
+                left += 1
+        rest = f" {left} left alone: changed meanwhile." if left else ""
+        self.stdout.write(f"{_flows(done, 'was' if done == 1 else 'were')} rescheduled.{rest}")
+
+    @staticmethod
+    def _failed(template: str | None, since: str | None) -> QuerySet[FlowExecution]:
+        after = None if since is None else moment("--since", since, sign=-1)
+        flows = flow_runner.service.repository.flows.filter(status=FlowStatus.FAILED)
+        if template is not None:
+            flow_runner.get_flow_template(template)
+            flows = flows.filter(template_name=template)
+        return flows if after is None else flows.filter(finished_at__gte=after)
+
+
+_RUN_AGAIN = frozenset({FlowStatus.SUCCEEDED, FlowStatus.CANCELLED})
+
+
+def _in_batches(flows: QuerySet[FlowExecution]) -> Iterator[FlowExecution]:
+    """Yield the flows so that memory does not grow with their number."""
+    last = 0
+    while batch := list(flows.filter(pk__gt=last).order_by("pk")[:_BATCH]):
+        yield from batch
+        last = batch[-1].pk
+
+
+def _task(flow: FlowExecution, text: str) -> int | str:
+    """Return the name of a task, or the index that the text is."""
+    named = text in flow_runner.get_flow_template(flow.template_name).task_names
+    is_index = not named and text.isascii() and text.isdigit() and len(text) < 10
+    return int(text) if is_index else text
+
+
+def _flows(number: int, verb: str) -> str:
+    return f"{'1 flow' if number == 1 else f'{number} flows'} {verb}"

@@ -1,0 +1,156 @@
+"""`manage.py showflows`: lists flows, or shows some in detail."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import defaultdict
+from typing import Any
+
+from django.core.management import BaseCommand, CommandError
+
+from ...models import ExecutionContextEntry, FlowExecution, TaskExecution
+from ...service import flow_service
+from ...status import FlowStatus
+from ..arguments import flow_ids, known_template, positive, refusals
+from ..outcomes import PAGE, Outcome, local, outcomes, overview, printable, table
+
+
+class Command(BaseCommand):
+    """List flows, newest first, or show some in detail."""
+
+    help = (
+        "Lists the newest flows, or shows the ones whose ids are given, attempt by attempt. Of the"
+        " context it shows the names of the entries, and their values only when asked to."
+    )
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Add the options."""
+        parser.add_argument("id", nargs="*", help="Flows to show in detail.")
+        parser.add_argument(
+            "--status",
+            choices=[status.value.lower() for status in FlowStatus],
+            action="append",
+            help="Only flows in this status; repeatable.",
+        )
+        parser.add_argument("--template", metavar="NAME", help="Only flows of this template.")
+        parser.add_argument("--limit", type=int, default=20, metavar="N", help="By default 20.")
+        parser.add_argument(
+            "--values", action="store_true", help="With ids: the stored values of the entries too."
+        )
+        parser.add_argument("--json", action="store_true", help="A JSON object a line.")
+
+    def handle(self, *args: Any, **options: Any) -> None:
+        """Show them."""
+        positive("--limit", options["limit"])
+        if options["id"] and (options["status"] or options["template"] is not None):
+            raise CommandError("--status and --template narrow the list: leave them out with ids.")
+        if options["values"] and not options["id"]:
+            raise CommandError("--values goes with ids: give the ids of the flows to look into.")
+        with refusals():
+            if options["id"]:
+                self._show(flow_ids(options["id"]), options["values"], options["json"])
+            else:
+                self._list(options)
+
+    def _list(self, options: dict[str, Any]) -> None:
+        flows = flow_service.repository.flows.order_by("-pk")
+        if options["status"]:
+            flows = flows.filter(status__in=[text.upper() for text in options["status"]])
+        if options["template"] is not None:
+            flows = flows.filter(template_name=options["template"])
+        listed = outcomes(flows[: options["limit"]])
+        if not listed and options["template"] is not None:
+            known_template(options["template"])
+        if options["json"]:
+            for outcome in listed:
+                self.stdout.write(json.dumps(outcome.as_json))
+        else:
+            self.stdout.write(overview(listed) if listed else "There are no such flows.")
+
+    def _show(self, pks: list[int], values: bool, as_json: bool) -> None:
+        flows: dict[int, FlowExecution] = {}
+        for start in range(0, len(pks), PAGE):
+            flows |= flow_service.repository.flows.in_bulk(pks[start : start + PAGE])
+        for pk in pks:
+            if pk not in flows:
+                flow_service.get_flow_execution(pk)
+        details = _Details(pks)
+        listed = outcomes(flows[pk] for pk in pks)
+        if not as_json:
+            self.stdout.write(overview(listed))
+        for outcome in listed:
+            if as_json:
+                self.stdout.write(json.dumps(details.as_json(outcome, values)))
+            else:
+                self._show_one(outcome, details, values)
+
+    def _show_one(self, outcome: Outcome, details: _Details, values: bool) -> None:
+        entries = details.entries[outcome.id]
+        names = "" if values else ", ".join(entries)
+        self.stdout.write(
+            f"\n{outcome.template} #{outcome.id}. Entries: {names or ('' if entries else 'none')}"
+            .rstrip() + ("" if values and entries else ".")
+        )  # fmt: skip
+        if values:
+            for name, text in entries.items():
+                self.stdout.write(f"  {name} = {printable(text)}")
+        attempts = details.attempts[outcome.id]
+        rows = [["TASK", "ATTEMPT", "STATUS", "STARTED", "TOOK"]]
+        for row in attempts:
+            seconds = _seconds(row)
+            took = "" if seconds is None else f"{seconds:.2f} s"
+            status = str(row.status)
+            rows.append([row.task_name, str(row.attempt), status, local(row.started_at), took])
+        self.stdout.write(table(rows))
+        for row in attempts:
+            if row.output:
+                self.stdout.write(f"\n{row}:\n{printable(row.output)}")
+
+
+class _Details:
+    """The entries and attempts of some flows, in two queries a page of flows."""
+
+    def __init__(self, pks: list[int]) -> None:
+        self.entries: dict[int, dict[str, str]] = defaultdict(dict)
+        self.attempts: dict[int, list[TaskExecution]] = defaultdict(list)
+        using = flow_service.repository.using
+        for start in range(0, len(pks), PAGE):
+            page = pks[start : start + PAGE]
+            entries = ExecutionContextEntry.objects.using(using).filter(flow_execution__in=page)
+            for pk, name, value in entries.order_by("pk").values_list(
+                "flow_execution_id", "name", "value"
+            ):
+                self.entries[pk][name] = value
+            attempts = flow_service.repository.attempts.filter(flow_execution__in=page)
+            for attempt in attempts.order_by("flow_execution_id", "task_index", "attempt"):
+                self.attempts[attempt.flow_execution_id].append(attempt)
+
+    def as_json(self, outcome: Outcome, values: bool) -> dict[str, Any]:
+        """Return all about a flow in JSON's own types; values in their stored, readable form."""
+        entries = self.entries[outcome.id]
+        return {
+            **outcome.as_json,
+            "entries": {name: json.loads(text) for name, text in entries.items()}
+            if values
+            else list(entries),
+            "attempts": [
+                {
+                    "task": row.task_name,
+                    "task_index": row.task_index,
+                    "attempt": row.attempt,
+                    "status": str(row.status),
+                    "started_at": row.started_at.isoformat(),
+                    "seconds": _seconds(row),
+                    "error_type": row.error_type or None,
+                    "output": row.output or None,
+                }
+                for row in self.attempts[outcome.id]
+            ],
+        }
+
+
+def _seconds(attempt: TaskExecution) -> float | None:
+    if attempt.finished_at is None:
+        return None
+    return (attempt.finished_at - attempt.started_at).total_seconds()

@@ -1,0 +1,144 @@
+"""What a flow looks like in a terminal: its outcome in a line, a table or JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from django.utils import timezone
+
+from ..models import FlowExecution, TaskExecution
+from ..service import flow_service
+from ..status import FlowStatus
+
+PAGE = 500
+"""How many flows one query asks about: databases limit the parameters of a statement."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """One flow, as far as it got."""
+
+    id: int
+    template: str
+    key: str | None
+    status: str
+    done: int
+    tasks: int
+    run_at: datetime
+    started_at: datetime | None
+    seconds: float | None
+    failed_task: str
+    error: str
+
+    @property
+    def progress(self) -> str:
+        """How many tasks are done."""
+        return f"{self.done} of {self.tasks}"
+
+    @property
+    def line(self) -> str:
+        """The outcome in one line."""
+        took = "" if self.seconds is None else f" in {self.seconds:.1f} s"
+        wrong = f": {self.failed_task}: {self.error}" if self.error else ""
+        when = ""
+        if self.status == FlowStatus.RESCHEDULED:
+            when = f", again at {local(self.run_at)}"
+        elif self.status == FlowStatus.RUNNING:
+            when = ", handed back"
+        done = f"{self.progress} tasks"
+        return f"{self.template} #{self.id} {self.status} ({done}){took}{when}{wrong}"
+
+    @property
+    def as_json(self) -> dict[str, Any]:
+        """The outcome in JSON's own types."""
+        return {
+            "id": self.id,
+            "template": self.template,
+            "key": self.key,
+            "status": self.status,
+            "done": self.done,
+            "tasks": self.tasks,
+            "run_at": self.run_at.isoformat(),
+            "started_at": self.started_at.isoformat() if self.started_at else None,
+            "seconds": self.seconds,
+            "failed_task": self.failed_task or None,
+            "error": self.error or None,
+        }
+
+
+def outcomes(flows: Iterable[FlowExecution]) -> list[Outcome]:
+    """Return the outcome of each flow, with one query for what went wrong in a page of them."""
+    listed = list(flows)
+    found: list[Outcome] = []
+    for start in range(0, len(listed), PAGE):
+        page = listed[start : start + PAGE]
+        failures = flow_service.get_failures(page)
+        found.extend(_outcome(flow, failures.get(flow.pk)) for flow in page)
+    return found
+
+
+def local(moment: datetime | None) -> str:
+    """Return a moment in the project's time zone, to the second; empty for none."""
+    return "" if moment is None else f"{timezone.localtime(moment):%Y-%m-%d %H:%M:%S}"
+
+
+def printable(text: str) -> str:
+    """Return a text without what would steer the terminal, its lines and tabs kept."""
+    return "".join(
+        character if character.isprintable() or character in "\n\t" else "\ufffd"
+        for character in text
+    )
+
+
+def _outcome(flow: FlowExecution, failure: TaskExecution | None) -> Outcome:
+    first_line = printable(failure.output.partition("\n")[0]) if failure else ""
+    return Outcome(
+        id=flow.pk,
+        template=flow.template_name,
+        key=flow.key,
+        status=str(flow.status),
+        done=flow.current_task_index,
+        tasks=len(flow.task_names),
+        run_at=flow.run_at,
+        started_at=flow.started_at,
+        seconds=None if flow.duration is None else flow.duration.total_seconds(),
+        failed_task=failure.task_name if failure else "",
+        error=first_line if len(first_line) <= 160 else first_line[:159] + "…",
+    )
+
+
+def table(rows: list[list[str]]) -> str:
+    """Return rows, the first of them the heads, as aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = (
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
+    return "\n".join(lines)
+
+
+def overview(listed: list[Outcome]) -> str:
+    """Return a table of outcomes."""
+    heads = ["ID", "TEMPLATE", "STATUS", "DONE", "SCHEDULED FOR", "STARTED"]
+    heads += ["TOOK", "WHAT WENT WRONG"]
+    return table(
+        [
+            heads,
+            *(
+                [
+                    str(row.id),
+                    row.template,
+                    row.status,
+                    row.progress,
+                    local(row.run_at),
+                    local(row.started_at),
+                    "" if row.seconds is None else f"{row.seconds:.1f} s",
+                    f"{row.failed_task}: {row.error}" if row.error else "",
+                ]
+                for row in listed
+            ),
+        ]
+    )

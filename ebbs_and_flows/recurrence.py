@@ -1,0 +1,60 @@
+"""When a recurring flow is due: cron expressions in the project's time zone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from croniter import croniter
+from django.utils import timezone
+
+from .exceptions import InvalidFlowTemplate
+
+MAX_NAME_LENGTH = 80
+"""So that a queue's own name for the schedule fits its table."""
+MAX_CAUGHT_UP = 1000
+"""How many missed times are caught up at most; more are a mistake or a long-forgotten cluster."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recurrence:
+    """A template that is scheduled again and again.
+
+    `cron` has five fields (minute, hour, day of the month, month, day of the week), read in the
+    project's time zone. With `catch_up`, each time that was missed while no cluster ran makes its
+    flow; without it, only the latest one does. Raises `InvalidFlowTemplate`.
+    """
+
+    name: str
+    template_name: str
+    cron: str
+    context: Mapping[str, Any] = field(default_factory=dict)
+    priority: int = 0
+    catch_up: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not 0 < len(self.name) <= MAX_NAME_LENGTH:
+            raise InvalidFlowTemplate(
+                f"{self.name!r} cannot name a recurring flow: give it a text of 1 to"
+                f" {MAX_NAME_LENGTH} characters."
+            )
+        cron: object = self.cron
+        if not isinstance(cron, str) or len(cron.split()) != 5 or not croniter.is_valid(cron):
+            raise InvalidFlowTemplate(
+                f"The cron expression of the recurring flow {self.name!r} is {cron!r}: give five"
+                f" fields, such as '0 6 * * *' for six o'clock each day."
+            )
+
+    def next_after(self, moment: datetime) -> datetime:
+        """Return the first due time after an aware moment, aware, in the project's time zone."""
+        found: datetime = croniter(self.cron, timezone.localtime(moment)).get_next(datetime)
+        return found
+
+    def missed(self, intended_at: datetime, now: datetime) -> Iterator[datetime]:
+        """Yield the due times from the intended one to now that are to make a flow."""
+        times = [intended_at]
+        while (following := self.next_after(times[-1])) <= now and len(times) < MAX_CAUGHT_UP:
+            times.append(following)
+        yield from times if self.catch_up else times[-1:]

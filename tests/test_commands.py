@@ -1,0 +1,237 @@
+"""The commands, called in this process: what they do, say and refuse."""
+
+from __future__ import annotations
+
+import json
+from datetime import timedelta
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from django.core.management import CommandError, call_command
+from django.utils import timezone
+from django_q.models import OrmQ
+
+from ebbs_and_flows import FlowStatus, flow_runner
+from ebbs_and_flows.management.arguments import duration, entries, moment
+from ebbs_and_flows.models import (
+    ExecutionContextEntry,
+    FlowExecution,
+    FlowTransition,
+    TaskExecution,
+)
+
+pytestmark = pytest.mark.django_db
+
+
+def run(*arguments: str, code: int = 0) -> str:
+    out = StringIO()
+    if code:
+        with pytest.raises(SystemExit, match=str(code)):
+            call_command(*arguments, stdout=out)
+    else:
+        call_command(*arguments, stdout=out)
+    return out.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> str:
+    return f"folder={tmp_path}"
+
+
+def test_scheduleflow_reads_json_and_text(folder: str) -> None:
+    said = run(
+        "scheduleflow", "shop-quick", "--entry", folder, "--entry", "n=42", "--entry", 't="42"',
+        "--entry", "free=a=b c", "--entry", "none=null", "--entry", "odd=NaN", "--priority", "7",
+        "--key", "k",
+    )  # fmt: skip
+    flow = FlowExecution.objects.get()
+    assert f"shop-quick #{flow.pk} is scheduled for " in said
+    context = dict(flow.execution_context)
+    context.pop("folder")
+    assert context == {"n": 42, "t": "42", "free": "a=b c", "none": None, "odd": "NaN"}
+    assert (flow.priority, flow.key) == (7, "k")
+    assert flow.created_by
+    again = run("scheduleflow", "shop-quick", "--key", "k")
+    assert f"shop-quick #{flow.pk} was scheduled with the key 'k' before: it is SCHEDULED" in again
+
+
+def test_scheduleflow_takes_a_moment(folder: str) -> None:
+    run("scheduleflow", "shop-quick", "--at", "2030-07-01T06:00", "--entry", folder)
+    flow = FlowExecution.objects.get()
+    # Berlin's summer time.
+    assert flow.run_at.isoformat() == "2030-07-01T04:00:00+00:00"
+    assert "No flow was due." in run("runflows")
+    assert "1 scheduled for later." in run("runflows")
+
+
+def test_runflows_runs_what_is_due_and_sums_up(folder: str) -> None:
+    for _ in range(2):
+        run("scheduleflow", "shop-quick", "--entry", folder)
+    said = run("runflows")
+    assert said.count("shop-quick #") == 2
+    assert "SUCCEEDED (2 of 2 tasks)" in said
+    assert "2 flows ran: 2 succeeded." in said
+    assert "No flow was due." in run("runflows")
+
+
+def test_runflows_exits_with_1_when_a_flow_failed(folder: str) -> None:
+    run("scheduleflow", "shop-quick", "--entry", folder)
+    run("scheduleflow", "shop-fails")
+    said = run("runflows", code=1)
+    assert "FAILED (0 of 1 tasks)" in said
+    assert "fail: ValueError: the card is bad" in said
+    assert "2 flows ran: 1 succeeded, 1 failed." in said
+
+
+def test_runflows_narrows_by_template_status_and_limit(folder: str) -> None:
+    run("scheduleflow", "shop-fails")
+    for _ in range(3):
+        run("scheduleflow", "shop-quick", "--entry", folder)
+    assert "2 flows ran" in run("runflows", "--template", "shop-quick", "--limit", "2")
+    assert "No flow was due" in run("runflows", "--status", "rescheduled")
+    assert "1 flow ran: 1 failed" in run("runflows", "--template", "shop-fails", code=1)
+    run("rerunflow", "--failed")
+    assert "1 flow ran" in run("runflows", "--status", "scheduled")
+    assert "1 flow ran: 1 failed" in run("runflows", "--status", "rescheduled", code=1)
+
+
+def test_runflows_json_is_an_object_a_line(folder: str) -> None:
+    run("scheduleflow", "shop-quick", "--entry", folder, "--key", "k")
+    run("scheduleflow", "shop-fails")
+    lines = [json.loads(line) for line in run("runflows", "--json", code=1).splitlines()]
+    assert [line.get("status") for line in lines] == ["SUCCEEDED", "FAILED", None]
+    assert lines[0]["key"] == "k"
+    assert lines[1]["failed_task"] == "fail"
+    assert lines[2] == {"flows": 2, "waiting_for_later": 0, "failed": 1, "succeeded": 1}
+
+
+def test_showflows_lists_and_details_without_values(
+    folder: str, django_assert_max_num_queries: Any
+) -> None:
+    run("scheduleflow", "shop-fails", "--entry", "secret=tell-nobody")
+    run("scheduleflow", "shop-quick", "--entry", folder)
+    run("runflows", code=1)
+    with django_assert_max_num_queries(2):
+        listed = run("showflows")
+    assert "ValueError: the card is bad" in listed
+    assert listed.index("shop-quick") < listed.index("shop-fails")
+    assert "shop-quick" not in run("showflows", "--status", "failed")
+    assert "no such flows" in run("showflows", "--template", "unknown")
+    failed = FlowExecution.objects.get(status=FlowStatus.FAILED)
+    detail = run("showflows", str(failed.pk))
+    assert "Traceback" in detail
+    assert "Entries: secret." in detail
+    assert "tell-nobody" not in detail
+    assert json.loads(run("showflows", str(failed.pk), "--json"))["id"] == failed.pk
+
+
+def test_rerunflow_continues_what_failed_and_forks_what_succeeded(folder: str) -> None:
+    run("scheduleflow", "shop-fails")
+    run("scheduleflow", "shop-quick", "--entry", folder)
+    run("runflows", code=1)
+    failed = FlowExecution.objects.get(status=FlowStatus.FAILED)
+    done = FlowExecution.objects.get(status=FlowStatus.SUCCEEDED)
+    assert "continues at task 'fail'" in run("rerunflow", str(failed.pk))
+    assert f"a rerun of shop-quick #{done.pk} from task 'first'" in run("rerunflow", str(done.pk))
+    run("rerunflow", str(done.pk), "--from-task", "last", "--entry", "extra=1")
+    fork = FlowExecution.objects.latest("pk")
+    assert fork.rerun_of_id == done.pk
+    assert fork.first_task_index == 1
+    assert fork.execution_context["extra"] == 1
+
+
+def test_rerunflow_failed_takes_them_all_or_by_template_and_time(folder: str) -> None:
+    for _ in range(3):
+        run("scheduleflow", "shop-fails")
+    run("runflows", code=1)
+    assert "0 flows were rescheduled" in run("rerunflow", "--failed", "--template", "shop-quick")
+    old = FlowExecution.objects.order_by("pk").first()
+    assert old is not None
+    FlowExecution.objects.filter(pk=old.pk).update(finished_at=timezone.now() - timedelta(days=9))
+    assert "2 flows were rescheduled" in run("rerunflow", "--failed", "--since", "1d")
+    assert "1 flow was rescheduled" in run("rerunflow", "--failed")
+
+
+def test_pruneflows_leaves_what_failed_unless_asked(folder: str) -> None:
+    run("scheduleflow", "shop-fails")
+    run("scheduleflow", "shop-quick", "--entry", folder)
+    run("runflows", code=1)
+    FlowExecution.objects.update(finished_at=timezone.now() - timedelta(days=91))
+    assert "1 flow would be deleted" in run("pruneflows", "--older-than", "90d", "--dry-run")
+    assert "1 flow was deleted" in run("pruneflows", "--older-than", "90d")
+    assert "0 flows were deleted" in run("pruneflows", "--older-than", "92d", "--status", "failed")
+    assert "1 flow was" in run("pruneflows", "--older-than", "90d", "--status", "failed")
+    assert not TaskExecution.objects.exists()
+
+
+BAD = [
+    (["runflows", "--template", "unknown"], "'unknown'"),
+    (["runflows", "--limit", "0"], "--limit 0"),
+    (["runflows", "--workers", "-1"], "--workers -1"),
+    (["runflows", "--workers", "x"], "'x'"),
+    (["runflows", "--status", "failed"], "'failed'"),
+    (["scheduleflow", "unknown"], "the registered ones are"),
+    (["scheduleflow", "shop-quick", "--entry", "novalue"], "'novalue'"),
+    (["scheduleflow", "shop-quick", "--entry", "=1"], "name=value"),
+    (["scheduleflow", "shop-quick", "--entry", "a=1", "--entry", "a=2"], "'a' is given twice"),
+    (["scheduleflow", "shop-quick", "--entry", " a=1"], "' a'"),
+    (["scheduleflow", "shop-quick", "--entry", f"a={'x' * 2**20}"], "MAX_ENTRY_BYTES"),
+    (["scheduleflow", "shop-quick", "--at", "noon"], "'noon'"),
+    (["scheduleflow", "shop-quick", "--at", "2026-13-01"], "'2026-13-01'"),
+    (["scheduleflow", "shop-quick", "--at", "999999999d"], "999999999d"),
+    (["scheduleflow", "shop-quick", "--at", "0001-01-01"], "calendar|year"),
+    (["scheduleflow", "shop-quick", "--priority", "101"], "101"),
+    (["scheduleflow", "shop-quick", "--key", ""], "''"),
+    (["showflows", "--limit", "0"], "--limit 0"),
+    (["showflows", "999999"], "999999"),
+    (["showflows", "x"], "'x'"),
+    (["showflows", "9" * 5000], "no id"),
+    (["rerunflow"], "--failed"),
+    (["rerunflow", "FIRST", "--failed"], "--failed"),
+    (["rerunflow", "--failed", "--entry", "a=1"], "--entry"),
+    (["rerunflow", "--failed", "--since", "tuesday"], "'tuesday'"),
+    (["rerunflow", "--failed", "--template", "unknown"], "'unknown'"),
+    (["rerunflow", "FIRST", "--since", "1d"], "--since"),
+    (["rerunflow", "999999"], "999999"),
+    (["rerunflow", "FIRST", "999999"], "999999"),
+    (["rerunflow", "FIRST", "--from-task", "unknown"], "'unknown'"),
+    (["rerunflow", "FIRST", "--from-task", "9"], "9"),
+    (["rerunflow", "SECOND"], "it waits for a worker already"),
+    (["pruneflows"], "--older-than"),
+    (["pruneflows", "--older-than", "ninety"], "'ninety'"),
+    (["pruneflows", "--older-than", "90d", "--batch-size", "0"], "--batch-size 0"),
+    (["pruneflows", "--older-than", "90d", "--status", "running"], "'running'"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "says"), BAD, ids=lambda value: " ".join(value)[:50])
+def test_bad_arguments_are_one_sentence_and_change_nothing(
+    arguments: list[str], says: str, folder: str
+) -> None:
+    first = flow_runner.schedule_flow("shop-fails")
+    flow_runner.run_flow_execution(first)
+    second = flow_runner.schedule_flow("shop-quick", {"a": 1})
+    names = {"FIRST": str(first.pk), "SECOND": str(second.pk)}
+    models = (FlowExecution, TaskExecution, ExecutionContextEntry, FlowTransition, OrmQ)
+    before = [list(model.objects.order_by("pk").values()) for model in models]
+    with pytest.raises(CommandError, match=says) as caught:
+        call_command(*[names.get(item, item) for item in arguments], stdout=StringIO())
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 1000
+    assert [list(model.objects.order_by("pk").values()) for model in models] == before
+
+
+def test_a_huge_age_deletes_nothing() -> None:
+    assert "0 flows were deleted" in run("pruneflows", "--older-than", "9999999d")
+
+
+def test_durations_and_moments() -> None:
+    assert duration("x", "90d") == timedelta(days=90)
+    assert duration("x", "2w") == timedelta(weeks=2)
+    assert entries(None) == {}
+    ahead = moment("x", "+2h") - timezone.now()
+    assert timedelta(minutes=119) < ahead <= timedelta(hours=2)
+    assert moment("x", "2026-12-31").isoformat() == "2026-12-31T00:00:00+01:00"
+    assert moment("x", "2026-12-31T06:00Z").utcoffset() == timedelta(0)

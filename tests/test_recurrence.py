@@ -1,0 +1,161 @@
+"""Recurring flows: declared in code, fired by django-q2, each due time once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from zoneinfo import ZoneInfo
+
+import pytest
+from django.utils import timezone
+from django_q.models import OrmQ, Schedule
+from django_q.scheduler import scheduler
+
+from ebbs_and_flows import (
+    DuplicateFlowTemplate,
+    FlowRunner,
+    FlowTemplate,
+    FlowTemplateNotFound,
+    InvalidArgument,
+    InvalidFlowTemplate,
+    flow_runner,
+    task,
+)
+from ebbs_and_flows.engines.django_q import fire_recurring
+from ebbs_and_flows.models import FlowExecution
+from ebbs_and_flows.recurrence import Recurrence
+
+pytestmark = pytest.mark.django_db
+
+BERLIN = ZoneInfo("Europe/Berlin")
+only = task(name="only")(lambda context: context)
+
+
+def recurrence(cron: str, *, catch_up: bool = False) -> Recurrence:
+    return Recurrence(name="r", template_name="t", cron=cron, catch_up=catch_up)
+
+
+@pytest.mark.parametrize("cron", ["", "0 6 * *", "0 6 * * * *", "61 * * * *", "@daily", None, 6])
+def test_a_bad_cron_expression_is_refused_with_an_example(cron: object) -> None:
+    with pytest.raises(InvalidFlowTemplate, match=r"five fields, such as '0 6 \* \* \*'"):
+        recurrence(cron)  # type: ignore[arg-type]
+
+
+def test_six_in_the_morning_stays_six_when_the_clocks_change() -> None:
+    at_six = recurrence("0 6 * * *")
+    moment = datetime(2026, 3, 27, 12, tzinfo=BERLIN)
+    found = []
+    for _ in range(3):
+        moment = at_six.next_after(moment)
+        found.append(moment.astimezone(UTC).isoformat())
+    assert found == [
+        "2026-03-28T05:00:00+00:00",
+        "2026-03-29T04:00:00+00:00",
+        "2026-03-30T04:00:00+00:00",
+    ]
+    autumn = at_six.next_after(datetime(2026, 10, 24, 12, tzinfo=BERLIN))
+    assert autumn.astimezone(UTC).isoformat() == "2026-10-25T05:00:00+00:00"
+
+
+def test_missed_times_are_caught_up_or_only_the_latest_is() -> None:
+    first, now = datetime(2026, 5, 1, 4, tzinfo=UTC), datetime(2026, 5, 4, 12, tzinfo=UTC)
+    assert [moment.day for moment in recurrence("0 6 * * *").missed(first, now)] == [4]
+    every = recurrence("0 6 * * *", catch_up=True)
+    assert [moment.day for moment in every.missed(first, now)] == [1, 2, 3, 4]
+    assert list(every.missed(first, first)) == [first]
+
+
+@pytest.fixture
+def declared() -> Iterator[FlowRunner]:
+    """The project's own runner, with a recurring template."""
+    flow_runner.register_flow_template(FlowTemplate("nightly", tasks=[only], cron="0 6 * * *"))
+    yield flow_runner
+    flow_runner._templates.pop("nightly")
+    flow_runner._recurrences.clear()
+
+
+def schedules() -> list[tuple[str, str]]:
+    return list(Schedule.objects.order_by("name").values_list("name", "cron"))
+
+
+def test_a_schedule_is_made_once_and_follows_the_code(declared: FlowRunner) -> None:
+    declared.sync_recurring()
+    declared.sync_recurring()
+    assert schedules() == [("flow: nightly", "0 6 * * *")]
+    next_run = timezone.localtime(Schedule.objects.get().next_run)
+    assert (next_run.hour, next_run.minute) == (6, 0)
+
+    declared._recurrences.clear()
+    declared.schedule_recurring("nightly", "30 7 * * *")
+    declared.schedule_recurring("nightly", "0 1 1 * *", recurring_name="monthly")
+    declared.sync_recurring()
+    assert schedules() == [("flow: monthly", "0 1 1 * *"), ("flow: nightly", "30 7 * * *")]
+
+    declared._recurrences.pop("monthly")
+    Schedule.objects.create(name="somebody else's", func="math.floor")
+    declared.sync_recurring()
+    assert {name for name, _ in schedules()} == {"flow: nightly", "somebody else's"}
+
+
+def test_what_an_operator_changed_stays_until_the_code_changes(declared: FlowRunner) -> None:
+    declared.sync_recurring()
+    Schedule.objects.update(cron="0 9 * * *")
+    declared.sync_recurring()
+    assert schedules() == [("flow: nightly", "0 9 * * *")]
+
+
+def test_a_schedule_that_two_clusters_made_is_one_again(declared: FlowRunner) -> None:
+    declared.sync_recurring()
+    twin = Schedule.objects.get()
+    twin.pk = None
+    twin.save(force_insert=True)
+    declared.sync_recurring()
+    assert Schedule.objects.count() == 1
+
+
+# django-q2's scheduler closes the connections that it finds.
+@pytest.mark.django_db(transaction=True)
+def test_django_q2_fires_it_and_twice_the_same_time_makes_one_flow(declared: FlowRunner) -> None:
+    declared.sync_recurring()
+    intended = timezone.now().replace(microsecond=0) - timedelta(minutes=5)
+    for _ in range(2):
+        Schedule.objects.update(next_run=intended)
+        scheduler()
+    messages = [row.task for row in OrmQ.objects.all()]
+    assert len(messages) == 2
+    for message in messages:
+        assert message["func"] == "ebbs_and_flows.engines.django_q.fire_recurring"
+        assert message["save"] is False
+        fire_recurring(*message["args"], **message["kwargs"])
+    flow = FlowExecution.objects.get()
+    assert flow.template_name == "nightly"
+    assert flow.key == f"nightly {intended:%Y-%m-%dT%H:%MZ}"
+    assert Schedule.objects.get().next_run > timezone.now()
+
+
+def test_a_recurring_flow_has_its_context_and_priority(declared: FlowRunner) -> None:
+    declared.schedule_recurring(
+        "nightly", "0 7 * * *", recurring_name="eu", context={"region": "eu"}, priority=5
+    )
+    (flow,) = declared.fire_recurring("eu", timezone.now())
+    assert dict(flow.execution_context) == {"region": "eu"}
+    assert (flow.priority, flow.created_by) == (5, "recurring")
+
+
+def test_a_time_of_what_the_code_has_dropped_makes_nothing(declared: FlowRunner) -> None:
+    assert declared.fire_recurring("dropped", timezone.now()) == []
+    assert not FlowExecution.objects.exists()
+
+
+def test_bad_declarations_are_refused(runner: FlowRunner) -> None:
+    with pytest.raises(InvalidFlowTemplate, match="cron"):
+        FlowTemplate("t", tasks=[only], cron="daily")
+    with pytest.raises(FlowTemplateNotFound):
+        runner.schedule_recurring("unknown", "0 6 * * *")
+    runner.register_flow_template(FlowTemplate("t", tasks=[only], cron="0 6 * * *"))
+    with pytest.raises(DuplicateFlowTemplate, match="'t' is declared already"):
+        runner.schedule_recurring("t", "0 7 * * *")
+    with pytest.raises(InvalidArgument, match="priority"):
+        runner.schedule_recurring("t", "0 7 * * *", recurring_name="u", priority=1000)
+    with pytest.raises(InvalidFlowTemplate, match="1 to 80"):
+        runner.schedule_recurring("t", "0 7 * * *", recurring_name="u" * 81)
