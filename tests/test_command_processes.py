@@ -146,7 +146,7 @@ def test_a_failed_flow_makes_the_exit_code_1_with_workers_too(start: Start) -> N
     process = start("--workers", "2")
     out, err = process.communicate(timeout=60)
     assert process.returncode == 1, err
-    assert "1 flow ran: 1 failed." in out
+    assert "1 flow ran: 1 failed (shop-fails #" in out
 
 
 def test_a_terminal_gets_a_live_bar(start: Start, tmp_path: Path) -> None:
