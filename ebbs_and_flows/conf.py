@@ -26,6 +26,8 @@ class Settings:
     """The size of an entry's stored form at most, in bytes of UTF-8."""
     MAX_OUTPUT_BYTES: int = 64 * 1024
     """The size of an attempt's stored output at most, in bytes of UTF-8."""
+    MAX_LOG_BYTES: int = 64 * 1024
+    """The size of what an attempt logged at most, in bytes of UTF-8; 0 keeps nothing."""
     ENGINE: str = "ebbs_and_flows.engines.django_q.DjangoQEngine"
     """The dotted path of the class that wakes a queue's workers."""
 
@@ -37,6 +39,7 @@ MINIMUM: dict[str, float] = {
     "MAX_INTERRUPTIONS": 1,
     "MAX_ENTRY_BYTES": 1024,
     "MAX_OUTPUT_BYTES": 1024,
+    "MAX_LOG_BYTES": 0,
 }
 
 

@@ -9,6 +9,8 @@ from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, overload
 
+from django.forms.forms import BaseForm
+
 from .context import ExecutionContext
 from .exceptions import MAX_DELAY_SECONDS, InvalidFlowTemplate, TaskNotFound
 from .recurrence import Recurrence
@@ -180,6 +182,9 @@ class FlowTemplate:
 
     With `cron`, five fields in the project's time zone, clusters schedule it again and again;
     `catch_up` says whether each time that was missed makes its flow, or only the latest one.
+    `parameters` is a Django Form class: what a flow is scheduled with is validated by it, and its
+    cleaned data is the first context. At most `max_running` flows of it run at once, over all
+    workers. A flow fails by itself `deadline` seconds after the moment that it is scheduled for.
     """
 
     def __init__(
@@ -190,8 +195,34 @@ class FlowTemplate:
         tasks: Iterable[Task] = (),
         cron: str | None = None,
         catch_up: bool = False,
+        parameters: type[BaseForm] | None = None,
+        max_running: int | None = None,
+        deadline: float | None = None,
     ) -> None:
         self.name = _checked_name("flow template", name)
+        if parameters is not None and not (
+            isinstance(parameters, type) and issubclass(parameters, BaseForm)
+        ):
+            raise InvalidFlowTemplate(
+                f"Template {name!r} has parameters = {parameters!r}: give a Django Form class."
+            )
+        if max_running is not None and not (
+            isinstance(max_running, int) and not isinstance(max_running, bool) and max_running > 0
+        ):
+            raise InvalidFlowTemplate(
+                f"Template {name!r} has max_running = {max_running!r}: give a whole number of 1 or"
+                f" more, or None."
+            )
+        if deadline is not None and not (
+            _is_number(deadline) and 0 < deadline <= MAX_DELAY_SECONDS
+        ):
+            raise InvalidFlowTemplate(
+                f"Template {name!r} has deadline = {deadline!r}: give seconds above 0 and at most"
+                f" {MAX_DELAY_SECONDS}, or None."
+            )
+        self.parameters = parameters
+        self.max_running = max_running
+        self.deadline = deadline
         self.recurrence: Recurrence | None = None
         if cron is not None:
             self.recurrence = Recurrence(

@@ -67,6 +67,11 @@ class FlowExecution(models.Model):
         validators=[MinValueValidator(MIN_PRIORITY), MaxValueValidator(MAX_PRIORITY)],
     )
     run_at = models.DateTimeField(_("scheduled for"))
+    # Minus the priority from when the flow is seen to be due until it is claimed: it keeps the
+    # claim's index range free of what cannot be claimed, and decides nothing.
+    ready_rank = models.SmallIntegerField(null=True, blank=True)
+    # The flow fails by itself when it is not over by then.
+    deadline_at = models.DateTimeField(_("deadline"), null=True, blank=True)
     # Counts how often the flow was taken by a worker; every write of a run is fenced by it.
     claim = models.PositiveIntegerField(default=0)
     claimed_by = ExactCharField(_("worker"), max_length=NAME_LENGTH, blank=True, default="")
@@ -79,6 +84,10 @@ class FlowExecution(models.Model):
     forgiven_attempts = models.PositiveIntegerField(default=0)
     # How often the current task lost its worker.
     interruptions = models.PositiveIntegerField(default=0)
+    # What the attempt in progress says of itself, as JSON; of another attempt it is outdated.
+    progress = ExactTextField(_("progress"), blank=True, default="")
+    # The trace that scheduled the flow, as W3C Trace Context has it.
+    traceparent = models.CharField(max_length=55, blank=True, default="")
     created_at = models.DateTimeField(_("created"))
     started_at = models.DateTimeField(_("started"), null=True, blank=True)
     finished_at = models.DateTimeField(_("finished"), null=True, blank=True)
@@ -130,10 +139,11 @@ class FlowExecution(models.Model):
             ),
         ]
         indexes: ClassVar = [
-            # The claim: the best due flow of one status.
-            models.Index("status", F("priority").desc(), "run_at", "id", name="ebbs_flow_claim"),
-            # Recovery: what runs under an expired lease.
-            models.Index("status", "lease_expires_at", name="ebbs_flow_lease"),
+            # The claim: the best ready flow of one template.
+            models.Index("template_name", "ready_rank", "run_at", "id", name="ebbs_flow_ready"),
+            # What waits for its moment, and what workers hold. The lease is in no index, so that
+            # renewing it, which every step does, touches none.
+            models.Index("status", "ready_rank", "run_at", name="ebbs_flow_status"),
             # The admin's list by template, and what is to be pruned.
             models.Index("template_name", F("id").desc(), name="ebbs_flow_template"),
             models.Index("status", "finished_at", name="ebbs_flow_finished"),
@@ -187,6 +197,9 @@ class TaskExecution(models.Model):
     finished_at = models.DateTimeField(_("finished"), null=True, blank=True)
     output = ExactTextField(
         _("output"), blank=True, default="", help_text=_("Says in detail why it failed.")
+    )
+    log = ExactTextField(
+        _("log"), blank=True, default="", help_text=_("What it logged, a JSON object a line.")
     )
     error_type = ExactCharField(_("error"), max_length=NAME_LENGTH, blank=True, default="")
 
@@ -247,6 +260,41 @@ class ExecutionContextEntry(models.Model):
                 fields=["flow_execution", "name"], name="%(app_label)s_entry_once"
             ),
         ]
+
+    def __str__(self) -> str:
+        return str(self.name)
+
+
+class FlowTemplateState(models.Model):
+    """What operators have decided on a template; the template itself is code."""
+
+    template_name = ExactCharField(_("template"), max_length=NAME_LENGTH, unique=True)
+    # No flow of it is claimed while this is set.
+    paused_at = models.DateTimeField(_("paused"), null=True, blank=True)
+    paused_by = ExactCharField(_("paused by"), max_length=NAME_LENGTH, blank=True, default="")
+
+    class Meta:
+        verbose_name = _("flow template")
+        verbose_name_plural = _("flow templates")
+        default_permissions = ("view",)
+        permissions: ClassVar = [("pause_flowtemplate", _("Can pause and resume a flow template"))]
+
+    def __str__(self) -> str:
+        return str(self.template_name)
+
+
+class WorkerProcess(models.Model):
+    """A process that runs flows, and when it was last seen."""
+
+    name = ExactCharField(_("worker"), max_length=NAME_LENGTH, unique=True)
+    started_at = models.DateTimeField(_("started"))
+    seen_at = models.DateTimeField(_("last seen"))
+
+    class Meta:
+        verbose_name = _("worker")
+        verbose_name_plural = _("workers")
+        default_permissions = ("view",)
+        indexes: ClassVar = [models.Index("seen_at", name="ebbs_worker_seen")]
 
     def __str__(self) -> str:
         return str(self.name)
