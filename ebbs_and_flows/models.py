@@ -85,7 +85,7 @@ class FlowExecution(models.Model):
     # How often the current task lost its worker.
     interruptions = models.PositiveIntegerField(default=0)
     # What the attempt in progress says of itself, as JSON; of another attempt it is outdated.
-    progress = ExactTextField(_("progress"), blank=True, default="")
+    task_progress = ExactTextField(_("progress"), blank=True, default="")
     # The trace that scheduled the flow, as W3C Trace Context has it.
     traceparent = models.CharField(max_length=55, blank=True, default="")
     created_at = models.DateTimeField(_("created"))
