@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import logging
 import unicodedata
 from collections.abc import Iterator, Mapping
-from typing import Any, Final, Self
+from typing import Any, Final, Protocol, Self
 
 from .exceptions import (
     ChangedEntry,
@@ -26,6 +27,16 @@ MAX_NAME_LENGTH: Final = 200
 _REFUSED_CATEGORIES: Final = frozenset({"Cc", "Cs", "Zl", "Zp"})
 
 
+class Attempt(Protocol):
+    """What a context can ask of, and say to, the worker that makes the attempt."""
+
+    def is_cancel_requested(self) -> bool:
+        """Whether the flow is to be cancelled at the end of this task."""
+
+    def report_progress(self, done: float, total: float | None, message: str) -> None:
+        """Show how far the attempt is."""
+
+
 class ExecutionContext(Mapping[str, Any]):
     """The named values that travel through a flow, and what a task may know of its attempt.
 
@@ -40,6 +51,7 @@ class ExecutionContext(Mapping[str, Any]):
 
     __slots__ = (
         "_added",
+        "_attempt",
         "_decoded",
         "_frozen",
         "_stored",
@@ -60,10 +72,11 @@ class ExecutionContext(Mapping[str, Any]):
                 "An ExecutionContext is made from a mapping of names to values, not from a"
                 f" {type(entries).__qualname__}: give it a dict, such as {{'order_id': 42}}."
             )
-        self._stored: dict[str, str] = {}
+        self._stored: Mapping[str, str] = {}
         self._decoded: dict[str, Any] = {}
         self._added: dict[str, Any] = {}
         self._frozen = False
+        self._attempt: Attempt | None = None
         self.flow_execution_id = None
         self.task_name = ""
         self.attempt = 0
@@ -83,16 +96,45 @@ class ExecutionContext(Mapping[str, Any]):
         task_name: str = "",
         attempt: int = 0,
         idempotency_key: str = "",
+        attempt_in_progress: Attempt | None = None,
     ) -> Self:
-        """Return the frozen context of a task, from the names and texts of its stored entries."""
-        context = cls()
-        context._stored = dict(stored)
+        """Return the frozen context of a task, from the names and texts of its stored entries.
+
+        The mapping is kept and must not change.
+        """
+        context = cls.__new__(cls)
+        context._stored = stored
+        context._decoded = {}
+        context._added = {}
         context._frozen = True
+        context._attempt = attempt_in_progress
         context.flow_execution_id = flow_execution_id
         context.task_name = task_name
         context.attempt = attempt
         context.idempotency_key = idempotency_key
         return context
+
+    @property
+    def cancel_requested(self) -> bool:
+        """Whether somebody wants the flow cancelled; it is, when this task has ended."""
+        return self._attempt is not None and self._attempt.is_cancel_requested()
+
+    @property
+    def log(self) -> logging.LoggerAdapter[logging.Logger]:
+        """A logger whose records carry the flow and the task, and are kept with the attempt."""
+        return logging.LoggerAdapter(
+            logging.getLogger("ebbs_and_flows.task"),
+            {"flow": self.flow_execution_id, "task": self.task_name, "attempt": self.attempt},
+        )
+
+    def progress(self, done: float, total: float | None = None, message: str = "") -> None:
+        """Show how far the task is, in whatever unit, and that it is alive.
+
+        It is written at most once a second, and renews the flow's lease. Outside of a task it
+        does nothing.
+        """
+        if self._attempt is not None:
+            self._attempt.report_progress(done, total, message)
 
     def add(self, name: str, value: Any) -> None:
         """Add an entry.
@@ -135,7 +177,8 @@ class ExecutionContext(Mapping[str, Any]):
         `EntryTooLarge` for a value that cannot be stored.
         """
         new = {}
-        for name in self:
+        # What a task received is the very mapping that is stored: only what it added is looked at.
+        for name in self._added if self._stored is stored else self:
             text = self._text(name)
             if name not in stored:
                 _check_size(name, text, max_bytes)
@@ -174,6 +217,7 @@ class ExecutionContext(Mapping[str, Any]):
         context = type(self).__new__(type(self))
         context.__setstate__(self.__getstate__())
         context._take_entries(self)
+        context._attempt = self._attempt
         context._frozen = False
         return context
 
@@ -185,17 +229,20 @@ class ExecutionContext(Mapping[str, Any]):
         return context
 
     def __getstate__(self) -> dict[str, Any]:
-        # Decoded values are left out: they are made again from the stored texts.
-        names = (name for name in ExecutionContext.__slots__ if name != "_decoded")
+        # Decoded values are left out: they are made again from the stored texts. The attempt is
+        # this process's affair.
+        left_out = {"_decoded", "_attempt"}
+        names = (name for name in ExecutionContext.__slots__ if name not in left_out)
         return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._decoded = {}
+        self._attempt = None
         for name, value in state.items():
             setattr(self, name, value)
 
     def _take_entries(self, other: ExecutionContext) -> None:
-        self._stored = dict(other._stored)
+        self._stored = other._stored
         self._decoded = dict(other._decoded)
         self._added = dict(other._added)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Final
 
 MAX_DELAY_SECONDS: Final = 10 * 366 * 24 * 3600
@@ -99,6 +100,21 @@ class OuterTransaction(EbbsAndFlowsError, RuntimeError):
 
 class ClaimLost(EbbsAndFlowsError, RuntimeError):
     """Another worker, or nobody, holds the flow now; this one must write nothing more."""
+
+
+class TaskTimeout(EbbsAndFlowsError, TimeoutError):
+    """An attempt took longer than its task's `timeout`."""
+
+
+class DeadlineExceeded(EbbsAndFlowsError, TimeoutError):
+    """A flow was not over by its deadline."""
+
+    def __init__(self, flow_id: int | None, deadline: datetime | None) -> None:
+        when = f" at {deadline:%Y-%m-%d %H:%M:%S %Z}" if deadline else ""
+        super().__init__(
+            f"Flow {flow_id} was not over by its deadline{when}: reschedule it to continue without"
+            f" one."
+        )
 
 
 class TaskInterrupted(EbbsAndFlowsError, RuntimeError):

@@ -19,8 +19,10 @@ from .flows import FlowTemplate
 from .models import FlowExecution
 from .recurrence import Recurrence
 from .repository import ClaimedRun
-from .service import CLAIMABLE, FlowOrPk, FlowService, check_priority
+from .service import FlowOrPk, FlowService
 from .status import FlowStatus
+from .steps import CLAIMABLE
+from .validation import check_priority
 from .worker import OnTask, Worker, worker_name
 
 logger = logging.getLogger("ebbs_and_flows")
@@ -281,8 +283,10 @@ class FlowRunner:
         if wanted.status == FlowStatus.RUNNING and self.service.recover_expired():
             wanted = self.service.get_flow_execution(flow)
         if wanted.status in CLAIMABLE:
-            self.get_flow_template(wanted.template_name)
-            self._run(lambda: self.service.claim_flow(wanted, worker_name()), Worker(self.service))
+            template = self.get_flow_template(wanted.template_name)
+            run = self.service.claim_flow(wanted, template, worker_name())
+            if run is not None:
+                self._run(run, Worker(self.service))
         return self.service.get_flow_execution(wanted)
 
     def run_next(
@@ -302,23 +306,43 @@ class FlowRunner:
         repository = self.service.repository
         repository.drop_broken_connection()
         repository.check_no_outer_transaction()
-        names = self._templates if templates is None else set(self._templates) & set(templates)
         wanted = CLAIMABLE if statuses is None else statuses
-        if not repository.has_work(wanted, names):
-            return None
-        self.service.recover_expired()
-        worker = Worker(self.service, stop=stop, on_task=on_task)
-        while True:
-            run = self._run(lambda: self.service.claim(names, worker_name(), wanted), worker)
+        chosen = self._chosen(templates)
+        while self._keep_house(wanted, chosen):
+            run = self.service.claim(chosen.values(), worker_name(), wanted)
             if run is not None:
+                self._run(run, Worker(self.service, stop=stop, on_task=on_task))
                 return self.service.get_flow_execution(run.flow)
-            # Others may have been faster with all that was seen to be due.
-            if not repository.due(wanted, names).exists():
+            # Others were faster with what was ready, or it may not be claimed.
+            if not self.service.can_claim(chosen.values(), wanted):
                 return None
+        return None
+
+    def _chosen(self, templates: Iterable[str] | None) -> dict[str, FlowTemplate]:
+        if templates is None:
+            return self._templates
+        names = set(templates)
+        return {name: item for name, item in self._templates.items() if name in names}
+
+    def _keep_house(
+        self, statuses: Sequence[FlowStatus], templates: Mapping[str, FlowTemplate]
+    ) -> bool:
+        """Take back what lost its worker and rank what has become due, where there is any.
+
+        Returns whether something of the templates may be ready: by one query when not.
+        """
+        due = self.service.repository.look(statuses, templates)
+        if due.expired:
+            self.service.recover_expired()
+        if due.unranked:
+            self.service.repository.rank_due()
+        return bool(due)
 
     def has_work(self) -> bool:
-        """Whether a flow of the registered templates is due, or has lost its worker."""
-        return self.service.repository.has_work(CLAIMABLE, self._templates)
+        """Whether a flow of the registered templates could be claimed now."""
+        return self._keep_house(CLAIMABLE, self._templates) and self.service.can_claim(
+            self._templates.values()
+        )
 
     def wake_worker(self) -> bool:
         """Take back what lost its worker, and have a worker woken for what is due.
@@ -328,14 +352,26 @@ class FlowRunner:
         """
         if not self.has_work():
             return False
-        self.service.recover_expired()
         repository = self.service.repository
-        if not repository.due(CLAIMABLE, self._templates).exists():
-            return False
         if not repository.take_beat(timedelta(seconds=get_settings().PACEMAKER_SECONDS)):
             return False
         get_engine().dispatch(repository.using)
         return True
+
+    # Pausing
+
+    def pause_flow_template(self, name: str, *, actor: str = "") -> None:
+        """Have no flow of a template claimed, by any worker, until it is resumed.
+
+        What runs goes on to its end or to the next hand-over. Raises `FlowTemplateNotFound`.
+        """
+        self.service.set_paused(self.get_flow_template(name).name, True, actor=actor)
+
+    def resume_flow_template(self, name: str, *, actor: str = "") -> None:
+        """Have the flows of a paused template claimed again; raises `FlowTemplateNotFound`."""
+        with self.service.repository.atomic():
+            if self.service.set_paused(self.get_flow_template(name).name, False, actor=actor):
+                get_engine().dispatch(self.service.repository.using)
 
     def count_due(
         self,
@@ -343,20 +379,13 @@ class FlowRunner:
         templates: Iterable[str] | None = None,
     ) -> int:
         """Return how many flows of the registered templates could be claimed now."""
-        names = self._templates if templates is None else set(self._templates) & set(templates)
-        return self.service.count_due(names, CLAIMABLE if statuses is None else statuses)
+        wanted = CLAIMABLE if statuses is None else statuses
+        return self.service.count_due(self._chosen(templates), wanted)
 
-    def _run(self, claim: Callable[[], ClaimedRun | None], worker: Worker) -> ClaimedRun | None:
-        with self.service.repository.step():
-            run = claim()
-            if run is None:
-                return None
-            template = self._templates[run.flow.template_name]
-            run.flow.claimed_by = worker_name()
-            started = self.service.start_first_attempt(run, template)
-        if started:
+    def _run(self, run: ClaimedRun, worker: Worker) -> None:
+        template = self._templates[run.flow.template_name]
+        if self.service.begin(run, template):
             worker.run(run, template)
-        return run
 
     def _dispatch(self, flow: FlowExecution) -> None:
         if flow.run_at <= self.service.repository.now():

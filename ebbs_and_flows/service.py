@@ -2,44 +2,31 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
 from django.db import IntegrityError
-from django.utils import timezone
 
 from .conf import get_settings
 from .context import ExecutionContext
 from .exceptions import (
-    ClaimLost,
     DuplicateEntry,
     FlowExecutionNotFound,
     IllegalTransition,
     InvalidArgument,
     InvalidFlowTemplate,
     TaskNotFound,
-    TemplateDrift,
 )
 from .flows import FlowTemplate
-from .models import (
-    MAX_PRIORITY,
-    MIN_PRIORITY,
-    NAME_LENGTH,
-    FlowExecution,
-    FlowTransition,
-    TaskExecution,
-)
-from .repository import ClaimedRun, DatabaseNow, FlowRepository
+from .models import FlowExecution, FlowTemplateState, TaskExecution
+from .repository import DatabaseNow
+from .signals import announce_status, announce_task
 from .status import ALLOWED_TRANSITIONS, FINISHED, WAITING, FlowStatus, TaskStatus
-
-logger = logging.getLogger("ebbs_and_flows")
+from .steps import CLAIMABLE, StepService, transition
+from .validation import check_key, check_priority, check_run_at, check_text, storable_text
 
 FlowOrPk = FlowExecution | int
-
-CLAIMABLE = (*WAITING, FlowStatus.RUNNING)
-"""What a worker may take: what waits, and what was handed back at a task boundary."""
 
 _WAY_OUT = {
     FlowStatus.SUCCEEDED: "to run it again, fork it",
@@ -62,74 +49,8 @@ def check_transition(flow: FlowExecution, to_status: FlowStatus) -> None:
         )
 
 
-def transition(
-    from_status: str, to_status: str, *, actor: str = "", reason: str = ""
-) -> FlowTransition:
-    """Return the unsaved record of a change of status; the database gives its time."""
-    return FlowTransition(
-        from_status=from_status, to_status=to_status, actor=actor[:NAME_LENGTH], reason=reason
-    )
-
-
-def check_text(what: str, value: Any) -> str:
-    """Return a text that every database can store; raises `InvalidArgument`."""
-    if not isinstance(value, str):
-        raise InvalidArgument(f"The {what} is {value!r}: give a text.")
-    if len(value) > NAME_LENGTH:
-        raise InvalidArgument(
-            f"The {what} has {len(value)} characters: give at most {NAME_LENGTH}."
-        )
-    if not value.isprintable():
-        raise InvalidArgument(f"The {what} is {value!r}: give printable characters only.")
-    return value
-
-
-def check_key(key: Any) -> str | None:
-    """Return an idempotency key that is the same text on every database."""
-    if key is None:
-        return None
-    text = check_text("key", key)
-    if not text or text != text.strip():
-        raise InvalidArgument(f"The key is {key!r}: give a text without spaces at its ends.")
-    return text
-
-
-def check_priority(priority: Any) -> int:
-    """Return a priority from -100 to 100; raises `InvalidArgument`."""
-    if (
-        not isinstance(priority, int)
-        or isinstance(priority, bool)
-        or not MIN_PRIORITY <= priority <= MAX_PRIORITY
-    ):
-        raise InvalidArgument(
-            f"The priority is {priority!r}: give a whole number from {MIN_PRIORITY} to"
-            f" {MAX_PRIORITY}."
-        )
-    return priority
-
-
-def check_run_at(run_at: Any) -> datetime | None:
-    """Return an aware moment, or None for now; raises `InvalidArgument`."""
-    if run_at is None:
-        return None
-    if not isinstance(run_at, datetime):
-        raise InvalidArgument(f"run_at is {run_at!r}: give an aware datetime, or None for now.")
-    if timezone.is_naive(run_at):
-        raise InvalidArgument(
-            f"run_at is {run_at.isoformat()}, without a time zone: make it aware, for instance"
-            f" with django.utils.timezone.make_aware."
-        )
-    # MariaDB holds years from 1000, and a time zone may not push a moment over the calendar.
-    if not 1000 < run_at.year < 9999:
-        raise InvalidArgument(f"run_at is {run_at.isoformat()}: give a year from 1001 to 9998.")
-    return run_at
-
-
-class FlowService:
+class FlowService(StepService):
     """Keeps flows, attempts, entries and transitions consistent, over a `FlowRepository`."""
-
-    def __init__(self, repository: FlowRepository | None = None) -> None:
-        self.repository = repository or FlowRepository()
 
     # Reading
 
@@ -244,6 +165,9 @@ class FlowService:
         now = self.repository.now()
         for record in path:
             record.at = now
+        due_at = run_at or now
+        is_ready = status is FlowStatus.SCHEDULED and due_at <= now
+        deadline = template.deadline and timedelta(seconds=template.deadline)
         flow = FlowExecution(
             template_name=template.name,
             task_names=template.task_names,
@@ -252,7 +176,9 @@ class FlowService:
             status=status,
             key=key,
             priority=priority,
-            run_at=run_at or now,
+            run_at=due_at,
+            ready_rank=-priority if is_ready else None,
+            deadline_at=due_at + deadline if deadline else None,
             created_at=now,
             created_by=actor,
             rerun_of=rerun_of,
@@ -268,6 +194,10 @@ class FlowService:
             if first is None:
                 raise
             return first, False
+        for record in path:
+            announce_status(
+                self.repository.using, flow.pk, record.from_status, record.to_status, actor
+            )
         return flow, True
 
     def _encode(
@@ -353,20 +283,19 @@ class FlowService:
     ) -> None:
         """Change the status of a flow that was read (and locked) in this transaction."""
         check_transition(flow, to_status)
-        values |= {"status": to_status}
+        values = {"ready_rank": None, **values, "status": to_status}
         if to_status is not FlowStatus.RUNNING:
             values |= {"lease_expires_at": None}
             values |= {"finished_at": DatabaseNow() if to_status in FINISHED else None}
         else:
+            # By hand: no worker holds it, so that any may take it.
             values |= {"claim": flow.claim + 1, "claimed_by": "", "lease_expires_at": None}
         unchanged = self.repository.flows.filter(pk=flow.pk, status=flow.status, claim=flow.claim)
         if unchanged.update(**values) != 1:
             raise IllegalTransition(
                 f"Flow {flow.pk} has just been changed by somebody else: look at it again."
             )
-        self.repository.insert_transitions(
-            flow.pk, [transition(flow.status, to_status, actor=actor, reason=reason)]
-        )
+        self.record(flow.pk, [transition(flow.status, to_status, actor=actor, reason=reason)])
         flow.status = to_status
 
     def reschedule(
@@ -378,7 +307,10 @@ class FlowService:
         actor: str = "",
         reason: str = "",
     ) -> FlowExecution:
-        """FAILED -> RESCHEDULED: the failed task is due again, with its whole allowance."""
+        """FAILED -> RESCHEDULED: the failed task is due again, with its whole allowance.
+
+        The flow's deadline is lifted: whoever reschedules it wants it to go on.
+        """
         run_at, actor = check_run_at(run_at), check_text("actor", actor)
         values: dict[str, Any] = {} if priority is None else {"priority": check_priority(priority)}
         with self.repository.atomic():
@@ -390,6 +322,8 @@ class FlowService:
                 actor=actor,
                 reason=reason,
                 run_at=run_at or DatabaseNow(),
+                ready_rank=-values.get("priority", current.priority) if run_at is None else None,
+                deadline_at=None,
                 forgiven_attempts=self.repository.last_attempt(
                     current.pk, current.current_task_index
                 ),
@@ -436,12 +370,15 @@ class FlowService:
                 output=f"Done by hand by {actor or 'unknown'}: {storable_text(reason)}",
             )
             self.repository.insert_entries(current.pk, added, attempt.pk)
+            announce_task(self.repository.using, attempt.pk)
             self._change(
                 current,
                 FlowStatus.RESCHEDULED,
                 actor=actor,
                 reason=f"Done by hand: {storable_text(reason)}",
                 run_at=DatabaseNow(),
+                ready_rank=-current.priority,
+                deadline_at=None,
                 current_task_index=index + 1,
                 forgiven_attempts=0,
                 interruptions=0,
@@ -463,300 +400,39 @@ class FlowService:
                 self._change(current, FlowStatus.CANCELLED, actor=actor, reason=reason)
         return self.get_flow_execution(current)
 
-    # Running: what a worker calls
+    # Pausing and limiting templates
 
-    def claim(
+    def can_claim(
         self,
-        template_names: Iterable[str],
-        worker: str,
+        templates: Iterable[FlowTemplate],
         statuses: Sequence[FlowStatus] = CLAIMABLE,
-    ) -> ClaimedRun | None:
-        """Take the best due flow, in the caller's transaction."""
-        flow = self.repository.claim_due(statuses, template_names, worker, self._lease)
-        return None if flow is None else self._claimed(flow, worker)
-
-    def claim_flow(self, flow: FlowExecution, worker: str) -> ClaimedRun | None:
-        """Take that flow, due or not, in the caller's transaction; None if it is not free."""
-        if flow.status not in CLAIMABLE or not self.repository.claim(flow, worker, self._lease):
-            return None
-        return self._claimed(flow, worker)
-
-    def _claimed(self, flow: FlowExecution, worker: str) -> ClaimedRun:
-        # RUNNING -> RUNNING is recorded by the attempts themselves.
-        if flow.status != FlowStatus.RUNNING:
-            self.repository.insert_transitions(
-                flow.pk, [transition(flow.status, FlowStatus.RUNNING, actor=worker)]
-            )
-        return ClaimedRun(
-            flow=flow,
-            claim=flow.claim + 1,
-            task_index=flow.current_task_index,
-            stored=self.repository.stored_entries(flow.pk),
-            forgiven_attempts=flow.forgiven_attempts,
-            interruptions=flow.interruptions,
-        )
-
-    @staticmethod
-    def check_drift(template: FlowTemplate, completed: Sequence[str], flow_id: int) -> None:
-        """Raise `TemplateDrift` unless the completed tasks are the template's first ones."""
-        names = [*template.task_names, *([None] * len(completed))]
-        for index, (was, now) in enumerate(zip(completed, names, strict=False)):
-            if was != now:
-                is_now = "has no task" if now is None else f"has {now!r}"
-                raise TemplateDrift(
-                    f"Flow {flow_id} completed {was!r} as task {index}, where template"
-                    f" {template.name!r} now {is_now}: put the tasks back as they were, or run"
-                    f" the flow anew."
-                )
-
-    def start_first_attempt(self, run: ClaimedRun, template: FlowTemplate) -> bool:
-        """Store the RUNNING attempt that a claim begins with, in the claim's transaction.
-
-        Returns False when there is nothing to run: every task is done, or the template drifted,
-        and the flow is over.
-        """
-        names = template.task_names
-        try:
-            self.check_drift(template, run.flow.task_names[: run.task_index], run.flow.pk)
-        except TemplateDrift as drift:
-            planned = run.flow.task_names
-            self._start_attempt(
-                run,
-                planned[run.task_index] if run.task_index < len(planned) else "?",
-                self.repository.last_attempt(run.flow.pk, run.task_index) + 1,
-            )
-            self.fail_step(run, str(drift), type(drift).__name__)
-            return False
-        if run.flow.task_names != names:
-            self.repository.fenced(run).update(task_names=names)
-            run.flow.task_names = names
-        if run.task_index == len(names):
-            self._end(run, FlowStatus.SUCCEEDED)
-            return False
-        self._start_attempt(
-            run,
-            names[run.task_index],
-            self.repository.last_attempt(run.flow.pk, run.task_index) + 1,
-        )
-        return True
-
-    def _start_attempt(self, run: ClaimedRun, task_name: str, attempt: int) -> None:
-        row = self.create_task_execution(
-            run.flow.pk, run.task_index, task_name, attempt=attempt, claim=run.claim
-        )
-        run.task_name, run.attempt, run.task_execution_id = task_name, attempt, row.pk
-
-    def create_task_execution(
-        self, flow_id: int, task_index: int, task_name: str, *, attempt: int, claim: int
-    ) -> TaskExecution:
-        """Store a RUNNING attempt."""
-        return self.repository.insert_attempt(flow_id, task_index, task_name, attempt, claim)
-
-    def update_task_execution(
-        self,
-        task_execution_id: int,
-        status: TaskStatus,
-        *,
-        output: str = "",
-        error_type: str = "",
-    ) -> None:
-        """Store how a running attempt ended."""
-        self.repository.finish_attempt(
-            task_execution_id,
-            status=status,
-            output=output,
-            error_type=error_type[:NAME_LENGTH],
-        )
-
-    def succeed_step(
-        self,
-        run: ClaimedRun,
-        entries: Mapping[str, str],
-        next_task: str | None,
-        *,
-        hand_back: bool = False,
     ) -> bool:
-        """Record that the run's task succeeded and start the next one, in one transaction.
-
-        Returns whether this worker goes on with the flow. Raises `ClaimLost` with nothing written
-        but what the caller's transaction then rolls back.
-        """
-        ends = next_task is None
-        values: dict[str, Any] = {
-            "current_task_index": run.task_index + 1,
-            "forgiven_attempts": 0,
-            "interruptions": 0,
-        }
-        if ends:
-            values |= {
-                "status": FlowStatus.SUCCEEDED,
-                "finished_at": DatabaseNow(),
-                "lease_expires_at": None,
-            }
-        elif hand_back:
-            values |= {"claimed_by": "", "lease_expires_at": None}
-        else:
-            values |= {"lease_expires_at": DatabaseNow(self._lease)}
-        goes_on = self._advance(run, values)
-        self.update_task_execution(run.task_execution_id, TaskStatus.SUCCEEDED)
-        self.repository.insert_entries(run.flow.pk, entries, run.task_execution_id)
-        run.stored.update(entries)
-        run.task_index += 1
-        run.forgiven_attempts = run.interruptions = 0
-        if ends and goes_on:
-            self._record(run, FlowStatus.SUCCEEDED)
-        if ends or hand_back or not goes_on:
-            return False
-        assert next_task is not None  # noqa: S101 - for the type checker
-        self._start_attempt(run, next_task, 1)
-        return True
-
-    def fail_step(
-        self,
-        run: ClaimedRun,
-        output: str,
-        error_type: str,
-        *,
-        retry_after: float | None = None,
-        forgive: bool = False,
-        reason: str = "",
-    ) -> None:
-        """Record that the run's task failed, with its retry in `retry_after` seconds if given."""
-        values: dict[str, Any] = {"lease_expires_at": None}
-        if retry_after is None:
-            values |= {"status": FlowStatus.FAILED, "finished_at": DatabaseNow()}
-        else:
-            values |= {
-                "status": FlowStatus.RESCHEDULED,
-                "run_at": DatabaseNow(timedelta(seconds=retry_after)),
-                "forgiven_attempts": run.forgiven_attempts + forgive,
-            }
-        goes_on = self._advance(run, values)
-        self.update_task_execution(
-            run.task_execution_id, TaskStatus.FAILED, output=output, error_type=error_type
-        )
-        if not goes_on:
-            return
-        path = [
-            transition(
-                FlowStatus.RUNNING,
-                FlowStatus.FAILED,
-                actor=run.flow.claimed_by,
-                reason=f"{run.task_name} failed: {error_type}",
-            )
+        """Whether a flow is due whose template is neither paused nor at its `max_running`."""
+        offered = {template.name: template.max_running for template in templates}
+        names = set(offered) - self.repository.paused_names(offered)
+        running = self.repository.count_running(names)
+        free = [
+            name
+            for name in names
+            if (limit := offered[name]) is None or running.get(name, 0) < limit
         ]
-        if retry_after is not None:
-            path.append(
-                transition(
-                    FlowStatus.FAILED,
-                    FlowStatus.RESCHEDULED,
-                    actor="retry",
-                    reason=reason or f"Attempt {run.attempt + 1} in {retry_after:.1f} s",
-                )
-            )
-        self.repository.insert_transitions(run.flow.pk, path)
+        return self.repository.look(statuses, free).ready
 
-    def _advance(self, run: ClaimedRun, values: dict[str, Any]) -> bool:
-        """Write the flow's row through the fence; return False when it was cancelled instead."""
-        if self.repository.fenced(run).update(**values) == 1:
-            return True
-        flow = self.repository.lock(run.flow.pk)
-        cancelled = {
-            "status": FlowStatus.CANCELLED,
-            "cancel_requested": False,
-            "finished_at": DatabaseNow(),
-            "lease_expires_at": None,
-            "current_task_index": values.get("current_task_index", run.task_index),
-        }
-        held = self.repository.held(run.flow.pk, run.claim).filter(cancel_requested=True)
-        if flow is None or held.update(**cancelled) != 1:
-            raise ClaimLost(
-                f"Flow {run.flow.pk} is no longer held under claim {run.claim}: this worker"
-                f" stops and writes nothing more."
-            )
-        self._record(
-            run,
-            FlowStatus.CANCELLED,
-            actor=flow.cancel_requested_by,
-            reason="Cancelled at the end of a task",
-        )
-        return False
+    def paused_templates(self) -> dict[str, FlowTemplateState]:
+        """Return what is known of the paused templates, by their names."""
+        paused = self.repository.template_states.filter(paused_at__isnull=False)
+        return {state.template_name: state for state in paused}
 
-    def _end(self, run: ClaimedRun, status: FlowStatus) -> None:
-        values = {"status": status, "finished_at": DatabaseNow(), "lease_expires_at": None}
-        if self._advance(run, values):
-            self._record(run, status)
+    def set_paused(self, template_name: str, paused: bool, *, actor: str = "") -> bool:
+        """Pause a template or resume it; return whether that changed anything."""
+        actor = check_text("actor", actor)
+        states = self.repository.template_states
+        state, _created = states.get_or_create(template_name=template_name)
+        unlike = states.filter(pk=state.pk, paused_at__isnull=paused)
+        now = DatabaseNow() if paused else None
+        return unlike.update(paused_at=now, paused_by=actor if paused else "") == 1
 
-    def _record(
-        self, run: ClaimedRun, to_status: FlowStatus, actor: str = "", reason: str = ""
-    ) -> None:
-        actor = actor or run.flow.claimed_by
-        self.repository.insert_transitions(
-            run.flow.pk, [transition(FlowStatus.RUNNING, to_status, actor=actor, reason=reason)]
-        )
-
-    # Recovery and pruning
-
-    def interrupt(self, flow: FlowExecution, output: str) -> bool:
-        """Take a flow back from the worker that held it when `flow` was read.
-
-        The attempt is FAILED; the flow is RESCHEDULED at that task, or stays FAILED when the task
-        has lost its worker `MAX_INTERRUPTIONS` times before. Returns False, with nothing written,
-        when the worker has shown a sign of life since.
-        """
-        exhausted = flow.interruptions >= get_settings().MAX_INTERRUPTIONS
-        over = exhausted or flow.cancel_requested
-        to_status = FlowStatus.RESCHEDULED
-        if over:
-            to_status = FlowStatus.CANCELLED if flow.cancel_requested else FlowStatus.FAILED
-        values: dict[str, Any] = {
-            "status": to_status,
-            "lease_expires_at": None,
-            "cancel_requested": False,
-            "interruptions": flow.interruptions + 1,
-            "finished_at": DatabaseNow() if over else None,
-        }
-        if not over:
-            values["run_at"] = DatabaseNow()
-        held = self.repository.held(flow.pk, flow.claim).filter(
-            lease_expires_at=flow.lease_expires_at
-        )
-        if held.update(**values) != 1:
-            return False
-        if exhausted:
-            output += (
-                f" It has now lost its worker {flow.interruptions + 1} times, so the flow is not"
-                f" continued by itself: find out what ends the worker, then reschedule it."
-            )
-        self.repository.finish_running_attempts(
-            flow.pk, status=TaskStatus.FAILED, output=output, error_type="TaskInterrupted"
-        )
-        path = [transition(FlowStatus.RUNNING, FlowStatus.FAILED, actor="recovery", reason=output)]
-        if to_status is not FlowStatus.FAILED:
-            by = flow.cancel_requested_by if flow.cancel_requested else ""
-            path.append(transition(FlowStatus.FAILED, to_status, actor=by or "recovery"))
-        self.repository.insert_transitions(flow.pk, path)
-        return True
-
-    def recover_expired(self, limit: int = 100) -> int:
-        """Take back flows whose lease has expired; return how many."""
-        recovered = 0
-        for flow in list(self.repository.expired()[:limit]):
-            seen = flow.lease_expires_at - self._lease if flow.lease_expires_at else None
-            with self.repository.atomic():
-                if self.interrupt(
-                    flow,
-                    f"interrupted: worker {flow.claimed_by or 'unknown'} was lost; it was last"
-                    f" seen at {seen:%Y-%m-%d %H:%M:%S} UTC.",
-                ):
-                    recovered += 1
-                    logger.warning(
-                        "Flow %s was taken back from worker %s, whose lease had expired.",
-                        flow.pk,
-                        flow.claimed_by,
-                        extra={"flow": flow.pk, "template": flow.template_name},
-                    )
-        return recovered
+    # Pruning
 
     def prune_finished(
         self,
@@ -791,15 +467,6 @@ class FlowService:
                 self.repository.flows.filter(pk__in=locked).delete()
                 deleted += len(locked)
         return deleted
-
-    @property
-    def _lease(self) -> timedelta:
-        return timedelta(seconds=get_settings().LEASE_SECONDS)
-
-
-def storable_text(text: str) -> str:
-    """Return the text with what a database cannot hold (NUL, lone surrogates) written out."""
-    return text.replace("\x00", "\\x00").encode("utf-8", "backslashreplace").decode()
 
 
 flow_service = FlowService()

@@ -68,9 +68,7 @@ def test_i1_a_later_flow_is_woken_when_its_time_has_come(
 def test_i1_a_flow_that_lost_its_worker_is_taken_back_and_woken(
     runner: FlowRunner, due: FlowExecution
 ) -> None:
-    run = runner.service.claim_flow(due, "gone")
-    assert run is not None
-    runner.service.start_first_attempt(run, runner.get_flow_template("t"))
+    assert runner.service.claim_flow(due, runner.get_flow_template("t"), "gone") is not None
     let_a_second_pass()
     assert not runner.wake_worker()
     FlowExecution.objects.update(lease_expires_at=timezone.now() - timedelta(seconds=1))

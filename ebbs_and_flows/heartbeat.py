@@ -1,0 +1,133 @@
+"""Renews leases while tasks run long: one thread a process, over a connection of its own."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+from django.db import DatabaseError, InterfaceError, connections
+
+from .conf import get_settings
+from .repository import ClaimedRun, FlowRepository
+
+logger = logging.getLogger("ebbs_and_flows")
+
+PROGRESS_SECONDS = 1.0
+"""How often the progress of one attempt is written at most, in seconds."""
+
+
+class WatchedRun:
+    """A run that is under way, and what its attempt says of itself."""
+
+    def __init__(self, repository: FlowRepository, run: ClaimedRun, lease: timedelta) -> None:
+        self.repository = repository
+        self.run = run
+        self.lease = lease
+        self._seen = 0
+        self._renewed_at = time.monotonic()
+        self._progress: tuple[int, str] | None = None
+        self._progress_at = 0.0
+
+    def report(self, done: float, total: float | None, message: str) -> None:
+        """Take in what the attempt says; the thread writes it."""
+        task_execution_id = self.run.task_execution_id
+        said = {
+            "task_execution": task_execution_id,
+            "done": done,
+            "total": total,
+            "message": message,
+        }
+        self._progress = (task_execution_id, json.dumps(said))
+
+    @property
+    def has_news(self) -> bool:
+        """Whether there is progress to be written."""
+        return self._progress is not None
+
+    @property
+    def next_beat(self) -> float:
+        """When something is to be written at the latest, on the monotonic clock."""
+        third = self._renewed_at + self.lease.total_seconds() / 3
+        return min(third, self._progress_at + PROGRESS_SECONDS) if self.has_news else third
+
+    def beat(self) -> None:
+        """Write what is due."""
+        self._renewed_at = now = time.monotonic()
+        progress, self._progress = self._progress, None
+        run = self.run
+        if progress is not None and progress[0] == run.task_execution_id:
+            self._progress_at = now
+            self.repository.report_progress(run, progress[1], self.lease)
+        elif run.task_execution_id == self._seen:
+            # The same task as at the last beat; the steps themselves renew the lease.
+            self.repository.renew(run.flow.pk, run.claim, self.lease)
+        self._seen = run.task_execution_id
+
+
+class Heartbeat:
+    """Watches the runs of this process; its thread starts with the first one."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._runs: set[WatchedRun] = set()
+        self._pid = 0
+        self._wakes_at = 0.0
+
+    @contextmanager
+    def watch(self, repository: FlowRepository, run: ClaimedRun) -> Iterator[WatchedRun]:
+        """Renew the run's lease within the block, three times a lease."""
+        lease = timedelta(seconds=get_settings().LEASE_SECONDS)
+        watched = WatchedRun(repository, run, lease)
+        if self._pid != os.getpid():
+            # The thread of a parent does not live on in a fork, and its lock may never be freed.
+            self._changed, self._runs, self._pid = threading.Condition(), set(), os.getpid()
+            threading.Thread(target=self._beat, name="flow-heartbeat", daemon=True).start()
+        with self._changed:
+            self._runs.add(watched)
+            if watched.next_beat < self._wakes_at:
+                self._changed.notify()
+        try:
+            yield watched
+        finally:
+            with self._changed:
+                self._runs.discard(watched)
+
+    def wake(self) -> None:
+        """Have the thread look at its runs again: one has progress to be written."""
+        with self._changed:
+            self._changed.notify()
+
+    def _beat(self) -> None:
+        while True:
+            with self._changed:
+                now = time.monotonic()
+                self._wakes_at = min((run.next_beat for run in self._runs), default=now + 60)
+                if self._wakes_at > now:
+                    self._changed.wait(self._wakes_at - now)
+                    continue
+                due = [run for run in self._runs if run.next_beat <= now]
+            for watched in due:
+                self._beat_one(watched)
+
+    @staticmethod
+    def _beat_one(watched: WatchedRun) -> None:
+        connection = connections[watched.repository.using]
+        try:
+            watched.beat()
+        except (DatabaseError, InterfaceError):
+            # The next beat tries again; the lease outlives two that fail.
+            logger.warning(
+                "The lease of flow %s could not be renewed.", watched.run.flow.pk, exc_info=True
+            )
+        finally:
+            connection.close()
+
+
+heartbeat = Heartbeat()
+"""The one of this process."""

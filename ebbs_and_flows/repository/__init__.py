@@ -1,0 +1,120 @@
+"""FlowRepository: every query and write of the hot path. It knows no rule of which may follow.
+
+Claims and steps are SQL by hand: a step is what every task costs. PostgreSQL takes each as one
+statement, which is its own transaction; the portable form is a few statements in one transaction.
+Both are fenced: they hold only for the claim under which they were prepared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime, timedelta
+
+from django.db.models import Q, QuerySet
+
+from ..models import FlowExecution, FlowTransition, PacemakerBeat, TaskExecution
+from ..status import WAITING, FlowStatus, TaskStatus
+from .claims import IS_FREE, ClaimRepository, Due
+from .database import DatabaseNow
+from .steps import ClaimedRun
+
+__all__ = ["ClaimedRun", "DatabaseNow", "Due", "FlowRepository"]
+
+
+class FlowRepository(ClaimRepository):
+    """Reads and writes flows on the database that the project's routers choose."""
+
+    # Scheduling
+
+    def insert_flow(
+        self, flow: FlowExecution, entries: Mapping[str, str], transitions: list[FlowTransition]
+    ) -> None:
+        """Store a new flow with its first entries and transitions, in the caller's transaction."""
+        flow.save(using=self.using, force_insert=True)
+        self.insert_entries(flow.pk, entries, None)
+        self.insert_transitions(flow.pk, transitions)
+
+    def insert_transitions(self, flow_id: int, transitions: Sequence[FlowTransition]) -> None:
+        """Store transitions of a flow; one without a time gets the database's."""
+        for transition in transitions:
+            transition.flow_execution_id = flow_id
+            if transition.at is None:
+                transition.at = DatabaseNow()  # type: ignore[unreachable]
+        FlowTransition.objects.using(self.using).bulk_create(transitions)
+
+    def find_by_key(self, template_name: str, key: str) -> FlowExecution | None:
+        """Return the flow that was scheduled with that key."""
+        return self.flows.filter(template_name=template_name, key=key).first()
+
+    def find_by_key_as_committed(self, template_name: str, key: str) -> FlowExecution | None:
+        """Return it even if the caller's snapshot is older than its commit (MariaDB)."""
+        flows = self.flows.filter(template_name=template_name, key=key)
+        return flows.first() or flows.select_for_update().first()
+
+    # Reading
+
+    def find(self, pk: int) -> FlowExecution | None:
+        """Return a flow by its primary key."""
+        return self.flows.filter(pk=pk).first()
+
+    def lock(self, pk: int) -> FlowExecution | None:
+        """Return a flow as it is now, locked until the transaction ends where that exists."""
+        return self.flows.select_for_update().filter(pk=pk).first()
+
+    def stored_entries_before(self, flow_id: int, task_index: int) -> dict[str, str]:
+        """Return the stored entries that a task at that index first saw."""
+        entries = self.entries.filter(
+            Q(task_execution=None) | Q(task_execution__task_index__lt=task_index),
+            flow_execution=flow_id,
+        )
+        return dict(entries.order_by("pk").values_list("name", "value"))
+
+    def failed_attempts(self, flow_ids: Iterable[int]) -> QuerySet[TaskExecution]:
+        """The failed attempts of flows, the last one of each last."""
+        attempts = self.attempts.filter(
+            flow_execution__in=list(flow_ids), status=TaskStatus.FAILED
+        )
+        return attempts.order_by("flow_execution", "task_index", "attempt")
+
+    def due(
+        self, statuses: Sequence[FlowStatus], template_names: Iterable[str] | None = None
+    ) -> QuerySet[FlowExecution]:
+        """The flows that could be claimed now, the best one first; of all templates by default."""
+        flows = self.flows.filter(
+            IS_FREE, status__in=list(statuses), run_at__lte=DatabaseNow(), cancel_requested=False
+        )
+        if template_names is not None:
+            flows = flows.filter(template_name__in=list(template_names))
+        return flows.order_by("-priority", "run_at", "id")
+
+    # The pacemakers
+
+    def take_beat(self, interval: timedelta) -> bool:
+        """Whether the caller is the installation's only pacemaker to wake a worker now."""
+        beats = PacemakerBeat.objects.using(self.using)
+        if beats.filter(pk=1, beat_at__lte=DatabaseNow(-interval)).update(beat_at=DatabaseNow()):
+            return True
+        # The row is made by the first one of an installation.
+        return beats.get_or_create(pk=1, defaults={"beat_at": self.now()})[1]
+
+    def waiting_for_later(self, template_names: Iterable[str]) -> QuerySet[FlowExecution]:
+        """The flows whose moment has not come."""
+        return self.flows.filter(
+            status__in=WAITING,
+            run_at__gt=DatabaseNow(),
+            template_name__in=list(template_names),
+        )
+
+    # Recovery and pruning
+
+    def expired(self) -> QuerySet[FlowExecution]:
+        """The flows whose worker has given no sign of life for a whole lease."""
+        return self.flows.filter(
+            status=FlowStatus.RUNNING, lease_expires_at__lt=DatabaseNow()
+        ).order_by("lease_expires_at")
+
+    def finished_before(
+        self, moment: datetime, statuses: Iterable[FlowStatus]
+    ) -> QuerySet[FlowExecution]:
+        """The flows that ended in one of the statuses before the moment."""
+        return self.flows.filter(status__in=list(statuses), finished_at__lt=moment)

@@ -1,0 +1,293 @@
+"""The claim: how a worker comes by the best flow that is due, and no other worker does."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from django.db.models import F, Q
+
+from ..models import MIN_PRIORITY, FlowExecution, FlowTemplateState
+from ..status import WAITING, FlowStatus
+from .database import ATTEMPT, BATCH, FLOW, STATE, TRANSITION, DatabaseNow, now_sql
+from .steps import ClaimedRun, StepRepository
+
+# How many candidates one look-up offers where rows cannot be locked and skipped.
+_CANDIDATES = 8
+
+IS_FREE = Q(status__in=WAITING) | Q(status=FlowStatus.RUNNING, lease_expires_at=None)
+"""What no worker holds and is not over."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Due:
+    """What a look at the table found to be done."""
+
+    # Something of the named templates could be claimed.
+    ready: bool
+    # The moment of some flow has come, and its rank does not say so yet.
+    unranked: bool
+    # Some worker has given no sign of life for a whole lease.
+    expired: bool
+
+    def __bool__(self) -> bool:
+        return self.ready or self.unranked or self.expired
+
+
+class ClaimRepository(StepRepository):
+    """Finds what is due and takes it."""
+
+    # What is due
+
+    def look(self, statuses: Sequence[FlowStatus], template_names: Iterable[str]) -> Due:
+        """Return what is to be done, by one query over indexes."""
+        names = list(template_names)
+        ready, ready_parameters = self._is_ready(statuses)
+        now, moment = now_sql(self.connection)
+        waiting = _texts(WAITING)
+        listed = ", ".join(["%s"] * len(names))
+        known = f"template_name IN ({listed})" if names else "1 = 0"
+        sql = (
+            f"SELECT EXISTS (SELECT 1 FROM {FLOW} WHERE {known} AND {ready}),"
+            f" EXISTS (SELECT 1 FROM {FLOW} WHERE status IN (%s, %s) AND ready_rank IS NULL"
+            f" AND run_at <= {now}),"
+            f" EXISTS (SELECT 1 FROM {FLOW} WHERE status = 'RUNNING' AND ready_rank IS NULL"
+            f" AND (lease_expires_at < {now} OR lease_expires_at IS NULL))"
+        )
+        with self.connection.cursor() as cursor:
+            cursor.execute(sql, [*names, *ready_parameters, *waiting, *moment, *moment])
+            found = [bool(item) for item in cursor.fetchone()]
+        return Due(ready=found[0], unranked=found[1] or found[2], expired=found[2])
+
+    def rank_due(self) -> int:
+        """Rank the flows whose moment has come, for the claim to find them; return how many."""
+        unranked = self.flows.filter(IS_FREE, ready_rank=None, run_at__lte=DatabaseNow())
+        ranked = 0
+        while batch := list(unranked.order_by("pk").values_list("pk", flat=True)[:BATCH]):
+            free = self.flows.filter(IS_FREE, pk__in=batch, ready_rank=None)
+            ranked += free.update(ready_rank=-F("priority"))
+            if len(batch) < BATCH:
+                break
+        return ranked
+
+    # What operators have decided on templates
+
+    def paused_names(self, template_names: Iterable[str]) -> set[str]:
+        """Return those of the templates that are paused."""
+        paused = self.template_states.filter(
+            template_name__in=list(template_names), paused_at__isnull=False
+        )
+        return set(paused.values_list("template_name", flat=True))
+
+    def lock_free_places(self, limits: Mapping[str, int]) -> set[str]:
+        """Return the templates of which another flow may run, locked until the transaction ends.
+
+        One that another worker is just claiming a flow of is left out.
+        """
+        states = self.template_states.filter(template_name__in=list(limits))
+        missing = set(limits) - set(states.values_list("template_name", flat=True))
+        if missing:
+            self.template_states.bulk_create(
+                (FlowTemplateState(template_name=name) for name in sorted(missing)),
+                ignore_conflicts=True,
+            )
+        skip = self.connection.features.has_select_for_update_skip_locked
+        locked = states.order_by("pk").select_for_update(skip_locked=skip)
+        names = set(locked.values_list("template_name", flat=True))
+        running = self.count_running(names)
+        return {name for name in names if running.get(name, 0) < limits[name]}
+
+    def count_running(self, template_names: Iterable[str]) -> dict[str, int]:
+        """Return how many flows of each template workers hold; one of none is left out."""
+        held = self.flows.filter(
+            status=FlowStatus.RUNNING,
+            ready_rank=None,
+            lease_expires_at__isnull=False,
+            template_name__in=list(template_names),
+        )
+        return dict(Counter(held.values_list("template_name", flat=True)))
+
+    # The claim
+
+    def claim_due(
+        self,
+        statuses: Sequence[FlowStatus],
+        templates: Mapping[str, Sequence[str]],
+        worker: str,
+        lease: timedelta,
+    ) -> ClaimedRun | None:
+        """Take the best ready flow and start its attempt, in one transaction.
+
+        `templates` are the names of the templates that may be taken, with those of their tasks.
+        None when nothing is ready, or when others were faster with all that was seen.
+        """
+        if not templates:
+            return None
+        if self.connection.vendor == "postgresql":
+            with self._one_statement():
+                return self._claim_in_one(statuses, templates, worker, lease)
+        with self.transaction():
+            for flow in self._candidates(statuses, templates):
+                run = self._claim(flow, templates[flow.template_name], worker, lease)
+                if run is not None:
+                    return run
+        return None
+
+    def claim_flow(
+        self, flow: FlowExecution, task_names: Sequence[str], worker: str, lease: timedelta
+    ) -> ClaimedRun | None:
+        """Take a flow, due or not, if it is still as it was read; start its attempt."""
+        with self.transaction():
+            return self._claim(flow, task_names, worker, lease)
+
+    def _is_ready(self, statuses: Sequence[FlowStatus]) -> tuple[str, list[Any]]:
+        """Return the condition, and its parameters, on a flow that may be claimed."""
+        now, moment = now_sql(self.connection)
+        listed = ", ".join(["%s"] * len(statuses))
+        # The ranks bound the index range; the rest holds whatever a row's rank says.
+        ready = (
+            f"ready_rank <= {-MIN_PRIORITY} AND run_at <= {now} AND status IN ({listed})"
+            f" AND lease_expires_at IS NULL AND NOT cancel_requested"
+        )
+        return ready, [*moment, *_texts(statuses)]
+
+    def _candidates(
+        self, statuses: Sequence[FlowStatus], templates: Iterable[str]
+    ) -> list[FlowExecution]:
+        """Return the best ready flows: one index range a template that is not paused."""
+        names = sorted(set(templates) - self.paused_names(templates))
+        ready, parameters = self._is_ready(statuses)
+        # In SQLite's immediate transaction nobody can be faster.
+        limit = 1 if self.connection.vendor == "sqlite" else _CANDIDATES
+        best = (
+            f"SELECT * FROM (SELECT id FROM {FLOW} WHERE template_name = %s AND {ready}"
+            f" ORDER BY ready_rank, run_at, id LIMIT {limit}) AS best"
+        )
+        found: list[FlowExecution] = []
+        for start in range(0, len(names), BATCH):
+            batch = names[start : start + BATCH]
+            union = " UNION ALL ".join([best] * len(batch))
+            found += self.flows.raw(
+                f"SELECT f.* FROM {FLOW} f JOIN ({union}) AS b ON b.id = f.id"
+                f" ORDER BY f.ready_rank, f.run_at, f.id LIMIT {limit}",
+                [item for name in batch for item in (name, *parameters)],
+            )
+        return sorted(found, key=lambda flow: (-flow.priority, flow.run_at, flow.pk))
+
+    def _claim(
+        self, flow: FlowExecution, task_names: Sequence[str], worker: str, lease: timedelta
+    ) -> ClaimedRun | None:
+        """Take a flow by compare-and-swap, in the caller's transaction."""
+        now, moment = now_sql(self.connection)
+        until, expiry = now_sql(self.connection, lease)
+        taken = self._execute(
+            f"UPDATE {FLOW} SET status = 'RUNNING', claim = claim + 1, claimed_by = %s,"
+            f" lease_expires_at = {until}, ready_rank = NULL, finished_at = NULL,"
+            f" started_at = COALESCE(started_at, {now})"
+            f" WHERE id = %s AND claim = %s AND status = %s AND lease_expires_at IS NULL"
+            f" AND NOT cancel_requested AND NOT EXISTS"
+            f" (SELECT 1 FROM {STATE} s WHERE s.template_name = %s AND s.paused_at IS NOT NULL)",
+            [
+                *(worker, *expiry, *moment),
+                *(flow.pk, flow.claim, str(flow.status), flow.template_name),
+            ],
+        )
+        if taken != 1:
+            return None
+        run = self._claimed(flow, flow.status, flow.claim + 1, worker)
+        if run.claimed_from != FlowStatus.RUNNING:
+            # RUNNING -> RUNNING is recorded by the attempts themselves.
+            self._insert_transition(run, run.claimed_from, FlowStatus.RUNNING)
+        if run.task_index < len(task_names):
+            # A flow that nobody has claimed before has no attempts.
+            last = self.last_attempt(flow.pk, run.task_index) if flow.claim else 0
+            self.start_attempt(run, task_names[run.task_index], last + 1)
+        return run
+
+    def _claimed(
+        self, flow: FlowExecution, claimed_from: str, claim: int, worker: str
+    ) -> ClaimedRun:
+        return ClaimedRun(
+            flow=flow,
+            claimed_from=FlowStatus(claimed_from),
+            claim=claim,
+            worker=worker,
+            task_index=flow.current_task_index,
+            stored=self.stored_entries(flow.pk),
+            forgiven_attempts=flow.forgiven_attempts,
+            interruptions=flow.interruptions,
+        )
+
+    def _claim_in_one(
+        self,
+        statuses: Sequence[FlowStatus],
+        templates: Mapping[str, Sequence[str]],
+        worker: str,
+        lease: timedelta,
+    ) -> ClaimedRun | None:
+        """Take the best ready flow that no other worker has locked, in one statement.
+
+        The templates are ranked by their best flow, one index range each, and locked rows are
+        skipped within a template: no worker waits for another.
+        """
+        ready, parameters = self._is_ready(statuses)
+        names = list(templates)
+        best = f"FROM {FLOW} WHERE template_name = t.name AND {ready}"
+        sql = f"""
+            WITH known AS (
+                SELECT * FROM unnest(%s::varchar[], %s::jsonb[]) AS t (name, tasks)
+                WHERE NOT EXISTS (SELECT 1 FROM {STATE} s
+                    WHERE s.template_name = t.name AND s.paused_at IS NOT NULL)
+            ), ranked AS (
+                SELECT t.* FROM known t CROSS JOIN LATERAL (
+                    SELECT ready_rank, run_at, id {best} ORDER BY ready_rank, run_at, id LIMIT 1
+                ) AS b ORDER BY b.ready_rank, b.run_at, b.id
+            ), candidate AS (
+                SELECT b.id, b.status, t.tasks FROM ranked t CROSS JOIN LATERAL (
+                    SELECT id, status {best}
+                    ORDER BY ready_rank, run_at, id LIMIT 1 FOR UPDATE SKIP LOCKED
+                ) AS b LIMIT 1
+            ), claimed AS (
+                UPDATE {FLOW} f SET status = 'RUNNING', claim = f.claim + 1, claimed_by = %s,
+                    lease_expires_at = STATEMENT_TIMESTAMP() + %s::interval, ready_rank = NULL,
+                    finished_at = NULL,
+                    started_at = COALESCE(f.started_at, STATEMENT_TIMESTAMP())
+                FROM candidate c WHERE f.id = c.id
+                RETURNING f.*, c.status AS claimed_from, c.tasks ->> f.current_task_index AS task
+            ), recorded AS (
+                INSERT INTO {TRANSITION}
+                    (flow_execution_id, from_status, to_status, at, actor, reason)
+                SELECT id, claimed_from, 'RUNNING', STATEMENT_TIMESTAMP(), claimed_by, ''
+                FROM claimed WHERE claimed_from <> 'RUNNING'
+            ), started AS (
+                INSERT INTO {ATTEMPT} (flow_execution_id, task_index, task_name, attempt, claim,
+                    status, started_at, output, error_type, log)
+                SELECT id, current_task_index, task, COALESCE((
+                    SELECT MAX(a.attempt) FROM {ATTEMPT} a
+                    WHERE a.flow_execution_id = claimed.id
+                    AND a.task_index = claimed.current_task_index), 0) + 1,
+                    claim, 'RUNNING', STATEMENT_TIMESTAMP(), '', '', ''
+                FROM claimed WHERE task IS NOT NULL RETURNING id, attempt
+            )
+            SELECT claimed.*, started.id AS attempt_id, started.attempt AS attempt
+            FROM claimed LEFT JOIN started ON TRUE"""
+        tasks = [json.dumps(list(templates[name])) for name in names]
+        found: list[Any] = list(
+            self.flows.raw(sql, [names, tasks, *parameters, *parameters, worker, lease])
+        )
+        if not found:
+            return None
+        flow = found[0]
+        run = self._claimed(flow, flow.claimed_from, flow.claim, worker)
+        if flow.attempt_id is not None:
+            run.task_name, run.attempt = flow.task, flow.attempt
+            run.task_execution_id = flow.attempt_id
+        return run
+
+
+def _texts(statuses: Iterable[FlowStatus]) -> list[str]:
+    return [str(FlowStatus(status).value) for status in statuses]

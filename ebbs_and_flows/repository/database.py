@@ -1,0 +1,172 @@
+"""The database that flows are stored in: its clock, its transactions, its statements."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from django.db import connections, models, router, transaction
+from django.db.models import QuerySet
+from django.utils import timezone
+
+from ..exceptions import OuterTransaction
+from ..models import (
+    ExecutionContextEntry,
+    FlowExecution,
+    FlowTemplateState,
+    FlowTransition,
+    TaskExecution,
+)
+
+FLOW = FlowExecution._meta.db_table
+ATTEMPT = TaskExecution._meta.db_table
+ENTRY = ExecutionContextEntry._meta.db_table
+TRANSITION = FlowTransition._meta.db_table
+STATE = FlowTemplateState._meta.db_table
+
+BATCH = 500
+"""How many rows one statement takes at most."""
+
+
+class DatabaseNow(models.Func):
+    """The database's clock, moved by `offset`: the one clock that all workers share."""
+
+    output_field = models.DateTimeField()
+
+    def __init__(self, offset: timedelta = timedelta(0)) -> None:
+        super().__init__()
+        self.offset = offset
+
+    def as_sql(self, compiler: Any, connection: Any, *_: Any, **extra: Any) -> Any:
+        return now_sql(connection, self.offset)
+
+
+def now_sql(connection: Any, offset: timedelta = timedelta(0)) -> tuple[str, list[Any]]:
+    """Return the SQL, and its parameters, of the database's time moved by an offset."""
+    if connection.vendor == "postgresql":
+        # Not CURRENT_TIMESTAMP, which stands still for the whole transaction, nor
+        # CLOCK_TIMESTAMP, which moves within a statement and so cannot bound an index range.
+        if not offset:
+            return "STATEMENT_TIMESTAMP()", []
+        return "(STATEMENT_TIMESTAMP() + %s::interval)", [offset]
+    if connection.vendor == "mysql":
+        # Django stores UTC, whatever the session's time zone is.
+        microseconds = offset // timedelta(microseconds=1)
+        return "(UTC_TIMESTAMP(6) + INTERVAL %s MICROSECOND)", [microseconds]
+    if connection.vendor == "sqlite":
+        # SQLite lives in this process, so this process's clock is the database's; its own
+        # functions stop at milliseconds, which would put "now" before what was just stored.
+        return "%s", [str((datetime.now(UTC) + offset).replace(tzinfo=None))]
+    return "CURRENT_TIMESTAMP + %s", [offset]
+
+
+class Database:
+    """The database that the project's routers choose for flows."""
+
+    @property
+    def using(self) -> str:
+        """The alias of the database that flows are written to."""
+        return router.db_for_write(FlowExecution)
+
+    @property
+    def connection(self) -> Any:
+        """This thread's connection to that database."""
+        return connections[self.using]
+
+    @property
+    def flows(self) -> QuerySet[FlowExecution]:
+        """All flow executions, on the database they are written to."""
+        return FlowExecution.objects.using(self.using)
+
+    @property
+    def attempts(self) -> QuerySet[TaskExecution]:
+        """All attempts, on the database they are written to."""
+        return TaskExecution.objects.using(self.using)
+
+    @property
+    def entries(self) -> QuerySet[ExecutionContextEntry]:
+        """All entries, on the database they are written to."""
+        return ExecutionContextEntry.objects.using(self.using)
+
+    @property
+    def template_states(self) -> QuerySet[FlowTemplateState]:
+        """What operators have decided on templates."""
+        return FlowTemplateState.objects.using(self.using)
+
+    def atomic(self) -> Any:
+        """A transaction, or a savepoint within the caller's."""
+        return transaction.atomic(using=self.using)
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """A transaction that is durable when it ends; raises `OuterTransaction` within another."""
+        block = transaction.atomic(using=self.using, durable=True)
+        try:
+            block.__enter__()
+        except RuntimeError:
+            raise OuterTransaction(
+                "A flow cannot be run inside a transaction, which could undo what its tasks have"
+                " done: call it outside of atomic(), or schedule the flow instead."
+            ) from None
+        try:
+            yield
+        except BaseException as error:
+            block.__exit__(type(error), error, error.__traceback__)
+            raise
+        else:
+            block.__exit__(None, None, None)
+
+    def transaction(self) -> AbstractContextManager[None]:
+        """The step that is under way, or a new one."""
+        return nullcontext() if self._in_step else self.step()
+
+    def _one_statement(self) -> AbstractContextManager[None]:
+        """The transaction of a write that is a single statement: its own where that is durable."""
+        connection = self.connection
+        # Neither is known before the connection is open.
+        connection.ensure_connection()
+        if connection.get_autocommit() and not connection.in_atomic_block:
+            return nullcontext()
+        return self.transaction()
+
+    @property
+    def _in_step(self) -> bool:
+        return any(block.durable for block in self.connection.atomic_blocks)
+
+    def check_no_outer_transaction(self) -> None:
+        """Raise `OuterTransaction` where a step would not be durable."""
+        if self.connection.in_atomic_block:
+            with self.step():
+                pass
+
+    def now(self) -> datetime:
+        """Return the database's time, aware."""
+        connection = self.connection
+        if connection.vendor == "sqlite":
+            return timezone.now()
+        with connection.cursor() as cursor:
+            mysql = connection.vendor == "mysql"
+            cursor.execute("SELECT UTC_TIMESTAMP(6)" if mysql else "SELECT STATEMENT_TIMESTAMP()")
+            now: datetime = cursor.fetchone()[0]
+        return now.replace(tzinfo=UTC) if now.tzinfo is None else now
+
+    def drop_broken_connection(self) -> None:
+        """Close the connection if it failed before, so that the next query opens another."""
+        connection = self.connection
+        if connection.connection is not None and connection.errors_occurred:
+            connection.close_if_unusable_or_obsolete()
+
+    def _execute(self, sql: str, parameters: Sequence[Any]) -> int:
+        with self.connection.cursor() as cursor:
+            cursor.execute(sql, parameters)
+            return int(cursor.rowcount)
+
+    def _insert(self, sql: str, parameters: Sequence[Any]) -> int:
+        with self.connection.cursor() as cursor:
+            if self.connection.vendor == "postgresql":
+                cursor.execute(f"{sql} RETURNING id", parameters)
+                return int(cursor.fetchone()[0])
+            cursor.execute(sql, parameters)
+            return int(cursor.lastrowid)

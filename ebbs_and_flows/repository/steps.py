@@ -1,0 +1,282 @@
+"""The step: what every task costs, one fenced write for a worker under its claim."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from django.db.models import Max, QuerySet
+
+from ..models import FlowExecution, TaskExecution
+from ..status import FlowStatus, TaskStatus
+from .database import ATTEMPT, BATCH, ENTRY, FLOW, TRANSITION, Database, DatabaseNow, now_sql
+
+# The index, too, so that a step that was committed after all is not made a second time.
+_FENCE = (
+    "id = %s AND claim = %s AND status = 'RUNNING' AND NOT cancel_requested"
+    " AND current_task_index = %s"
+)
+
+
+def _fence(run: ClaimedRun) -> list[int]:
+    return [run.flow.pk, run.claim, run.task_index]
+
+
+@dataclass(slots=True)
+class ClaimedRun:
+    """A flow that this process holds: what a worker carries from task to task."""
+
+    # As it was read by the claim.
+    flow: FlowExecution
+    # The status that it was claimed in.
+    claimed_from: FlowStatus
+    claim: int
+    worker: str
+    task_index: int
+    # The entries in their stored form. Replaced, never changed, when a step adds some.
+    stored: dict[str, str]
+    # What the attempts before this one leave of the retry allowance.
+    forgiven_attempts: int = 0
+    interruptions: int = 0
+    # The attempt in progress; 0 and empty when the template has no task at the index.
+    attempt: int = 0
+    task_name: str = ""
+    task_execution_id: int = 0
+
+    @property
+    def counted_attempts(self) -> int:
+        """The attempts that count against the retry allowance, this one included."""
+        return self.attempt - self.forgiven_attempts - self.interruptions
+
+
+class StepRepository(Database):
+    """Writes attempts, entries and the flow's advance, through the fence."""
+
+    def fenced(self, run: ClaimedRun) -> QuerySet[FlowExecution]:
+        """The flow, if its run may go on: still under the claim, and not being cancelled."""
+        return self.held(run.flow.pk, run.claim).filter(
+            cancel_requested=False, current_task_index=run.task_index
+        )
+
+    def held(self, flow_id: int, claim: int) -> QuerySet[FlowExecution]:
+        """The flow, if it is still running under that claim."""
+        return self.flows.filter(pk=flow_id, claim=claim, status=FlowStatus.RUNNING)
+
+    def renew(self, flow_id: int, claim: int, lease: timedelta) -> bool:
+        """Prolong the lease from now on; return False when the claim was lost."""
+        held = self.held(flow_id, claim).filter(lease_expires_at__isnull=False)
+        return held.update(lease_expires_at=DatabaseNow(lease)) == 1
+
+    def finish_step(
+        self,
+        run: ClaimedRun,
+        entries: Mapping[str, str],
+        next_task: str | None,
+        *,
+        lease: timedelta | None,
+        log: str = "",
+    ) -> int | None:
+        """Record that the run's task succeeded, through the fence, in one transaction.
+
+        The next task's attempt is started when `lease` is given; without one, the flow is handed
+        back if it has a next task and is over if not. Returns the id of the attempt that was
+        started, 0 for none, or None with nothing written: the fence did not hold.
+        """
+        if self.connection.vendor == "postgresql":
+            with self._one_statement():
+                return self._finish_in_one(run, entries, next_task, lease, log)
+        with self.transaction():
+            return self._finish_in_some(run, entries, next_task, lease, log)
+
+    def _finish_in_some(
+        self,
+        run: ClaimedRun,
+        entries: Mapping[str, str],
+        next_task: str | None,
+        lease: timedelta | None,
+        log: str,
+    ) -> int | None:
+        now, moment = now_sql(self.connection)
+        values, parameters = self._next_state(run, next_task, lease)
+        advanced = self._execute(
+            f"UPDATE {FLOW} SET current_task_index = %s, forgiven_attempts = 0,"
+            f" interruptions = 0, {values} WHERE {_FENCE}",
+            [run.task_index + 1, *parameters, *_fence(run)],
+        )
+        if advanced != 1:
+            return None
+        self._execute(
+            f"UPDATE {ATTEMPT} SET status = 'SUCCEEDED', finished_at = {now}, log = %s"
+            f" WHERE id = %s",
+            [*moment, log, run.task_execution_id],
+        )
+        self.insert_entries(run.flow.pk, entries, run.task_execution_id)
+        if next_task is None:
+            self._insert_transition(run, FlowStatus.RUNNING, FlowStatus.SUCCEEDED)
+        if lease is None or next_task is None:
+            return 0
+        return self._insert_attempt(run, run.task_index + 1, next_task, 1)
+
+    def _finish_in_one(
+        self,
+        run: ClaimedRun,
+        entries: Mapping[str, str],
+        next_task: str | None,
+        lease: timedelta | None,
+        log: str,
+    ) -> int | None:
+        values, parameters = self._next_state(run, next_task, lease)
+        follows = ""
+        more: list[Any] = []
+        if next_task is None:
+            follows = f""", followed AS (
+                INSERT INTO {TRANSITION}
+                    (flow_execution_id, from_status, to_status, at, actor, reason)
+                SELECT id, 'RUNNING', 'SUCCEEDED', STATEMENT_TIMESTAMP(), %s, '' FROM fence
+                RETURNING 0 AS id)"""
+            more = [run.worker]
+        elif lease is not None:
+            follows = f""", followed AS (
+                INSERT INTO {ATTEMPT} (flow_execution_id, task_index, task_name, attempt, claim,
+                    status, started_at, output, error_type, log)
+                SELECT id, %s, %s, 1, %s, 'RUNNING', STATEMENT_TIMESTAMP(), '', '', '' FROM fence
+                RETURNING id)"""
+            more = [run.task_index + 1, next_task, run.claim]
+        written = ""
+        if entries:
+            written = f""", written AS (
+                INSERT INTO {ENTRY} (flow_execution_id, task_execution_id, name, value)
+                SELECT fence.id, %s, e.name, e.value
+                FROM fence, unnest(%s::varchar[], %s::text[]) WITH ORDINALITY
+                AS e (name, value, position) ORDER BY e.position)"""
+        result = "(SELECT id FROM followed)" if follows else "(SELECT 0 FROM fence)"
+        sql = f"""
+            WITH fence AS (
+                UPDATE {FLOW} SET current_task_index = %s, forgiven_attempts = 0,
+                    interruptions = 0, {values} WHERE {_FENCE} RETURNING id
+            ), finished AS (
+                UPDATE {ATTEMPT} a SET status = 'SUCCEEDED', finished_at = STATEMENT_TIMESTAMP(),
+                    log = %s FROM fence WHERE a.id = %s
+            ){written}{follows} SELECT {result}"""
+        arrays = [run.task_execution_id, list(entries), list(entries.values())] if entries else []
+        with self.connection.cursor() as cursor:
+            cursor.execute(
+                sql,
+                [
+                    *(run.task_index + 1, *parameters, *_fence(run)),
+                    *(log, run.task_execution_id, *arrays, *more),
+                ],
+            )
+            started: int | None = cursor.fetchone()[0]
+        return started
+
+    def _next_state(
+        self, run: ClaimedRun, next_task: str | None, lease: timedelta | None
+    ) -> tuple[str, list[Any]]:
+        """Return what a step makes of the flow's row, as SQL with its parameters."""
+        if next_task is None:
+            now, moment = now_sql(self.connection)
+            return f"status = 'SUCCEEDED', finished_at = {now}, lease_expires_at = NULL", moment
+        if lease is None:
+            return "claimed_by = '', lease_expires_at = NULL, ready_rank = -priority", []
+        until, expiry = now_sql(self.connection, lease)
+        return f"lease_expires_at = {until}", expiry
+
+    def start_attempt(self, run: ClaimedRun, task_name: str, attempt: int) -> None:
+        """Store the RUNNING attempt at the run's task and make it the run's own."""
+        run.task_execution_id = self._insert_attempt(run, run.task_index, task_name, attempt)
+        run.task_name, run.attempt = task_name, attempt
+
+    def _insert_attempt(
+        self, run: ClaimedRun, task_index: int, task_name: str, attempt: int
+    ) -> int:
+        now, moment = now_sql(self.connection)
+        return self._insert(
+            f"INSERT INTO {ATTEMPT} (flow_execution_id, task_index, task_name, attempt, claim,"
+            f" status, started_at, output, error_type, log)"
+            f" VALUES (%s, %s, %s, %s, %s, 'RUNNING', {now}, '', '', '')",
+            [run.flow.pk, task_index, task_name, attempt, run.claim, *moment],
+        )
+
+    def insert_attempt(
+        self,
+        flow_id: int,
+        task_index: int,
+        task_name: str,
+        attempt: int,
+        claim: int,
+        **values: Any,
+    ) -> TaskExecution:
+        """Store a new attempt, RUNNING unless `values` say otherwise."""
+        row = TaskExecution(
+            flow_execution_id=flow_id,
+            task_index=task_index,
+            task_name=task_name,
+            attempt=attempt,
+            claim=claim,
+            started_at=DatabaseNow(),
+            **values,
+        )
+        row.save(using=self.using, force_insert=True)
+        return row
+
+    def finish_attempt(self, task_execution_id: int, **values: Any) -> int:
+        """Store how a running attempt ended; return 0 when it was not running."""
+        running = self.attempts.filter(pk=task_execution_id, status=TaskStatus.RUNNING)
+        return running.update(finished_at=DatabaseNow(), **values)
+
+    def finish_running_attempts(self, flow_id: int, **values: Any) -> int:
+        """Store how the attempts of a flow that nobody runs any more ended; return how many."""
+        return self.attempts.filter(flow_execution=flow_id, status=TaskStatus.RUNNING).update(
+            finished_at=DatabaseNow(), **values
+        )
+
+    def report_progress(self, run: ClaimedRun, progress: str, lease: timedelta) -> bool:
+        """Store what an attempt says of itself and renew its lease; False if the claim is lost."""
+        held = self.held(run.flow.pk, run.claim).filter(lease_expires_at__isnull=False)
+        return held.update(task_progress=progress, lease_expires_at=DatabaseNow(lease)) == 1
+
+    # Attempts and entries
+
+    def last_attempt(self, flow_id: int, task_index: int) -> int:
+        """Return the number of the last attempt at a task of a flow, 0 if there was none."""
+        attempts = self.attempts.filter(flow_execution=flow_id, task_index=task_index)
+        return attempts.aggregate(last=Max("attempt"))["last"] or 0
+
+    def stored_entries(self, flow_id: int) -> dict[str, str]:
+        """Return the stored text of each entry of a flow, in the order of writing."""
+        with self.connection.cursor() as cursor:
+            cursor.execute(
+                f"SELECT name, value FROM {ENTRY} WHERE flow_execution_id = %s ORDER BY id",
+                [flow_id],
+            )
+            return dict(cursor.fetchall())
+
+    def insert_entries(
+        self, flow_id: int, entries: Mapping[str, str], task_execution_id: int | None
+    ) -> None:
+        """Store new entries of a flow, written by an attempt or, with None, at scheduling."""
+        named = list(entries.items())
+        for start in range(0, len(named), BATCH):
+            batch = named[start : start + BATCH]
+            rows = ", ".join(["(%s, %s, %s, %s)"] * len(batch))
+            self._execute(
+                f"INSERT INTO {ENTRY} (flow_execution_id, task_execution_id, name, value)"
+                f" VALUES {rows}",
+                [
+                    item
+                    for name, value in batch
+                    for item in (flow_id, task_execution_id, name, value)
+                ],
+            )
+
+    def _insert_transition(self, run: ClaimedRun, from_status: str, to_status: str) -> None:
+        now, parameters = now_sql(self.connection)
+        self._execute(
+            f"INSERT INTO {TRANSITION}"
+            f" (flow_execution_id, from_status, to_status, at, actor, reason)"
+            f" VALUES (%s, %s, %s, {now}, %s, '')",
+            [run.flow.pk, str(from_status), str(to_status), *parameters, run.worker],
+        )

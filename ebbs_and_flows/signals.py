@@ -1,0 +1,73 @@
+"""Signals, sent after the transaction that made them true has committed.
+
+A receiver that raises is logged and harms nothing. Nothing is read or sent without receivers.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from django.db import transaction
+from django.dispatch import Signal
+
+from .models import FlowExecution, TaskExecution
+
+logger = logging.getLogger("ebbs_and_flows")
+
+flow_status_changed = Signal()
+"""A flow's status changed; sent once a transition.
+
+`sender` is `FlowExecution`; `flow_execution` is the flow as it is stored now, `from_status` is
+empty at the creation; `to_status`, `actor` and `reason` are as recorded.
+"""
+
+task_finished = Signal()
+"""An attempt succeeded or failed.
+
+`sender` is `TaskExecution`; `task_execution` is the attempt with its flow, `error` the exception
+that it raised in this process, else None.
+"""
+
+
+def announce_status(
+    using: str, flow_id: int, from_status: str, to_status: str, actor: str = "", reason: str = ""
+) -> None:
+    """Send `flow_status_changed` once the current transaction has committed."""
+    if not flow_status_changed.has_listeners(FlowExecution):
+        return
+
+    def send() -> None:
+        flow = FlowExecution.objects.using(using).filter(pk=flow_id).first()
+        if flow is not None:
+            _send(
+                flow_status_changed,
+                FlowExecution,
+                flow_execution=flow,
+                from_status=from_status,
+                to_status=to_status,
+                actor=actor,
+                reason=reason,
+            )
+
+    transaction.on_commit(send, using=using, robust=True)
+
+
+def announce_task(using: str, task_execution_id: int, error: BaseException | None = None) -> None:
+    """Send `task_finished` once the current transaction has committed."""
+    if not task_finished.has_listeners(TaskExecution):
+        return
+
+    def send() -> None:
+        attempts = TaskExecution.objects.using(using).select_related("flow_execution")
+        attempt = attempts.filter(pk=task_execution_id).first()
+        if attempt is not None:
+            _send(task_finished, TaskExecution, task_execution=attempt, error=error)
+
+    transaction.on_commit(send, using=using, robust=True)
+
+
+def _send(signal: Signal, sender: type, **named: Any) -> None:
+    for receiver, answer in signal.send_robust(sender, **named):
+        if isinstance(answer, Exception):
+            logger.error("The receiver %r raised.", receiver, exc_info=answer)

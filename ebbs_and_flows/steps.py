@@ -1,0 +1,439 @@
+"""What a run writes: its claim, each step, a failure, an interruption. A part of `FlowService`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from datetime import datetime, timedelta
+
+from .conf import get_settings
+from .exceptions import ClaimLost, DeadlineExceeded, EbbsAndFlowsError, TemplateDrift
+from .flows import FlowTemplate
+from .models import NAME_LENGTH, FlowExecution, FlowTransition, TaskExecution
+from .repository import ClaimedRun, DatabaseNow, FlowRepository
+from .signals import announce_status, announce_task
+from .status import WAITING, FlowStatus, TaskStatus
+
+logger = logging.getLogger("ebbs_and_flows")
+
+CLAIMABLE = (*WAITING, FlowStatus.RUNNING)
+"""What a worker may take: what waits, and what was handed back at a task boundary."""
+
+
+def transition(
+    from_status: str, to_status: str, *, actor: str = "", reason: str = ""
+) -> FlowTransition:
+    """Return the unsaved record of a change of status; the database gives its time."""
+    return FlowTransition(
+        from_status=from_status, to_status=to_status, actor=actor[:NAME_LENGTH], reason=reason
+    )
+
+
+class StepService:
+    """Claims flows and records what their runs do, over a `FlowRepository`."""
+
+    def __init__(self, repository: FlowRepository | None = None) -> None:
+        self.repository = repository or FlowRepository()
+
+    @property
+    def _lease(self) -> timedelta:
+        return timedelta(seconds=get_settings().LEASE_SECONDS)
+
+    def record(self, flow_id: int, path: Sequence[FlowTransition]) -> None:
+        """Store transitions of a flow and announce them."""
+        self.repository.insert_transitions(flow_id, path)
+        for item in path:
+            announce_status(
+                self.repository.using,
+                flow_id,
+                item.from_status,
+                item.to_status,
+                item.actor,
+                item.reason,
+            )
+
+    # Claiming
+
+    def claim(
+        self,
+        templates: Iterable[FlowTemplate],
+        worker: str,
+        statuses: Sequence[FlowStatus] = CLAIMABLE,
+    ) -> ClaimedRun | None:
+        """Take the best ready flow of the templates and start its attempt, in one transaction."""
+        offered = {template.name: template for template in templates}
+        limits = {
+            name: template.max_running
+            for name, template in offered.items()
+            if template.max_running is not None
+        }
+        transaction: AbstractContextManager[None] = nullcontext()
+        if limits:
+            transaction = self.repository.step()
+        with transaction:
+            if limits:
+                free = self.repository.lock_free_places(limits)
+                offered = {
+                    name: item
+                    for name, item in offered.items()
+                    if name in free or name not in limits
+                }
+            names = {name: template.task_names for name, template in offered.items()}
+            run = self.repository.claim_due(statuses, names, worker, self._lease)
+        return self._announced(run)
+
+    def claim_flow(
+        self, flow: FlowExecution, template: FlowTemplate, worker: str
+    ) -> ClaimedRun | None:
+        """Take that flow, due or not, and start its attempt; None if it is not free."""
+        if flow.status not in CLAIMABLE:
+            return None
+        run = self.repository.claim_flow(flow, template.task_names, worker, self._lease)
+        return self._announced(run)
+
+    def _announced(self, run: ClaimedRun | None) -> ClaimedRun | None:
+        if run is not None and run.claimed_from != FlowStatus.RUNNING:
+            announce_status(
+                self.repository.using,
+                run.flow.pk,
+                run.claimed_from,
+                FlowStatus.RUNNING,
+                run.worker,
+            )
+        return run
+
+    def begin(self, run: ClaimedRun, template: FlowTemplate) -> bool:
+        """Return whether a claimed flow can go on; if not, it is over.
+
+        It is when every task is done, when the template drifted, and after its deadline.
+        """
+        refusal: EbbsAndFlowsError | None = None
+        try:
+            self.check_drift(template, run.flow.task_names[: run.task_index], run.flow.pk)
+            self._check_deadline(run)
+        except (TemplateDrift, DeadlineExceeded) as error:
+            refusal = error
+        if refusal is not None:
+            with self.repository.step():
+                if not run.attempt:
+                    planned = (*run.flow.task_names, "?")[: run.task_index + 1][-1]
+                    last = self.repository.last_attempt(run.flow.pk, run.task_index)
+                    self.repository.start_attempt(run, planned, last + 1)
+                self.fail_step(run, str(refusal), type(refusal).__name__, error=refusal)
+            return False
+        names = template.task_names
+        if run.flow.task_names != names:
+            self.repository.fenced(run).update(task_names=names)
+            run.flow.task_names = names
+        if run.attempt:
+            return True
+        with self.repository.step():
+            self._end(run)
+        return False
+
+    @staticmethod
+    def check_drift(template: FlowTemplate, completed: Sequence[str], flow_id: int) -> None:
+        """Raise `TemplateDrift` unless the completed tasks are the template's first ones."""
+        names = [*template.task_names, *([None] * len(completed))]
+        for index, (was, now) in enumerate(zip(completed, names, strict=False)):
+            if was != now:
+                is_now = "has no task" if now is None else f"has {now!r}"
+                raise TemplateDrift(
+                    f"Flow {flow_id} completed {was!r} as task {index}, where template"
+                    f" {template.name!r} now {is_now}: put the tasks back as they were, or run"
+                    f" the flow anew."
+                )
+
+    def _check_deadline(self, run: ClaimedRun) -> None:
+        deadline = run.flow.deadline_at
+        if deadline is not None and self.repository.now() >= deadline:
+            raise DeadlineExceeded(run.flow.pk, deadline)
+
+    # Attempts
+
+    def create_task_execution(
+        self, flow_id: int, task_index: int, task_name: str, *, attempt: int, claim: int
+    ) -> TaskExecution:
+        """Store a RUNNING attempt."""
+        return self.repository.insert_attempt(flow_id, task_index, task_name, attempt, claim)
+
+    def update_task_execution(
+        self,
+        task_execution_id: int,
+        status: TaskStatus,
+        *,
+        output: str = "",
+        error_type: str = "",
+        log: str = "",
+    ) -> int:
+        """Store how a running attempt ended; return 0 when it was not running."""
+        return self.repository.finish_attempt(
+            task_execution_id,
+            status=status,
+            output=output,
+            error_type=error_type[:NAME_LENGTH],
+            log=log,
+        )
+
+    # Steps
+
+    def succeed_step(
+        self,
+        run: ClaimedRun,
+        entries: Mapping[str, str],
+        next_task: str | None,
+        *,
+        hand_back: bool = False,
+        log: str = "",
+    ) -> bool:
+        """Record that the run's task succeeded and start the next one, in one transaction.
+
+        Returns whether this worker goes on with the flow. Raises `ClaimLost` with nothing written
+        but what the caller's transaction then rolls back.
+        """
+        lease = None if hand_back or next_task is None else self._lease
+        started = self.repository.finish_step(run, entries, next_task, lease=lease, log=log)
+        if started is None:
+            return self._succeed_otherwise(run, entries, log)
+        announce_task(self.repository.using, run.task_execution_id)
+        if next_task is None:
+            announce_status(
+                self.repository.using,
+                run.flow.pk,
+                FlowStatus.RUNNING,
+                FlowStatus.SUCCEEDED,
+                run.worker,
+            )
+        if not started:
+            return False
+        assert next_task is not None  # noqa: S101 - for the type checker
+        self._move_on(run, entries, next_task, started)
+        return True
+
+    @staticmethod
+    def _move_on(
+        run: ClaimedRun, entries: Mapping[str, str], next_task: str, attempt_id: int
+    ) -> None:
+        if entries:
+            run.stored = {**run.stored, **entries}
+        run.task_index += 1
+        run.forgiven_attempts = run.interruptions = 0
+        run.task_name, run.attempt, run.task_execution_id = next_task, 1, attempt_id
+
+    def _succeed_otherwise(self, run: ClaimedRun, entries: Mapping[str, str], log: str) -> bool:
+        """Do what is left to do where the fence did not hold: the flow was cancelled, or lost."""
+        settled = self.settle(run)
+        if settled is not None:
+            return settled
+        with self.repository.transaction():
+            self._cancel(run, current_task_index=run.task_index + 1)
+            self.update_task_execution(run.task_execution_id, TaskStatus.SUCCEEDED, log=log)
+            self.repository.insert_entries(run.flow.pk, entries, run.task_execution_id)
+            announce_task(self.repository.using, run.task_execution_id)
+        return False
+
+    def fail_step(
+        self,
+        run: ClaimedRun,
+        output: str,
+        error_type: str,
+        *,
+        retry_after: float | None = None,
+        forgive: bool = False,
+        interrupted: bool = False,
+        reason: str = "",
+        log: str = "",
+        error: BaseException | None = None,
+    ) -> bool:
+        """Record that the run's task failed, in the caller's transaction.
+
+        With `retry_after` seconds, the flow waits for its next attempt; `forgive` and
+        `interrupted` say that this one does not count against the retry allowance. Returns False,
+        or what `settle` does where the attempt had been recorded before.
+        """
+        values: dict[str, object] = {"lease_expires_at": None}
+        if retry_after is None:
+            values |= {"status": FlowStatus.FAILED, "finished_at": DatabaseNow()}
+        else:
+            values |= {
+                "status": FlowStatus.RESCHEDULED,
+                "run_at": DatabaseNow(timedelta(seconds=retry_after)),
+                "forgiven_attempts": run.forgiven_attempts + forgive,
+                "interruptions": run.interruptions + interrupted,
+            }
+        if self.repository.fenced(run).update(**values) != 1:
+            settled = self.settle(run)
+            if settled is not None:
+                return settled
+            self._cancel(run)
+            path = []
+        else:
+            path = [
+                transition(
+                    FlowStatus.RUNNING,
+                    FlowStatus.FAILED,
+                    actor=run.worker,
+                    reason=f"{run.task_name} failed: {error_type}",
+                )
+            ]
+            if retry_after is not None:
+                path.append(
+                    transition(
+                        FlowStatus.FAILED,
+                        FlowStatus.RESCHEDULED,
+                        actor="recovery" if interrupted else "retry",
+                        reason=reason or f"Attempt {run.attempt + 1} in {retry_after:.1f} s",
+                    )
+                )
+        self.update_task_execution(
+            run.task_execution_id,
+            TaskStatus.FAILED,
+            output=output,
+            error_type=error_type,
+            log=log,
+        )
+        self.record(run.flow.pk, path)
+        announce_task(self.repository.using, run.task_execution_id, error)
+        return False
+
+    def settle(self, run: ClaimedRun) -> bool | None:
+        """Ask the database whether the run's attempt is recorded as ended.
+
+        None when it is not, and the flow is still held: the record can be made. Else whether this
+        worker goes on with the flow, its next attempt taken over from the record. Raises
+        `ClaimLost`.
+        """
+        flow = self.repository.find(run.flow.pk)
+        attempt = self.repository.attempts.filter(pk=run.task_execution_id).first()
+        if flow is None or attempt is None or flow.claim != run.claim:
+            raise self._claim_lost(run)
+        if attempt.status == TaskStatus.RUNNING:
+            if flow.status != FlowStatus.RUNNING or flow.lease_expires_at is None:
+                raise self._claim_lost(run)
+            return None
+        if attempt.error_type == "TaskInterrupted":
+            raise self._claim_lost(run)
+        following = self.repository.attempts.filter(
+            flow_execution=run.flow.pk, claim=run.claim, status=TaskStatus.RUNNING
+        ).first()
+        if following is None:
+            return False
+        stored = self.repository.stored_entries(run.flow.pk)
+        self._move_on(run, stored, following.task_name, following.pk)
+        return True
+
+    @staticmethod
+    def _claim_lost(run: ClaimedRun) -> ClaimLost:
+        return ClaimLost(
+            f"Flow {run.flow.pk} is no longer held under claim {run.claim}: this worker stops and"
+            f" writes nothing more."
+        )
+
+    def _cancel(self, run: ClaimedRun, **values: object) -> None:
+        """End a flow that is to be cancelled at a task boundary; raises `ClaimLost`."""
+        flow = self.repository.lock(run.flow.pk)
+        held = self.repository.held(run.flow.pk, run.claim).filter(cancel_requested=True)
+        cancelled = held.update(
+            status=FlowStatus.CANCELLED,
+            cancel_requested=False,
+            finished_at=DatabaseNow(),
+            lease_expires_at=None,
+            **values,
+        )
+        if flow is None or cancelled != 1:
+            raise self._claim_lost(run)
+        self.record(
+            run.flow.pk,
+            [
+                transition(
+                    FlowStatus.RUNNING,
+                    FlowStatus.CANCELLED,
+                    actor=flow.cancel_requested_by or run.worker,
+                    reason="Cancelled at the end of a task",
+                )
+            ],
+        )
+
+    def _end(self, run: ClaimedRun) -> None:
+        """End a claimed flow that has no task left."""
+        ended = self.repository.fenced(run).update(
+            status=FlowStatus.SUCCEEDED, finished_at=DatabaseNow(), lease_expires_at=None
+        )
+        if ended != 1:
+            self._cancel(run)
+            return
+        self.record(
+            run.flow.pk,
+            [transition(FlowStatus.RUNNING, FlowStatus.SUCCEEDED, actor=run.worker)],
+        )
+
+    # Interruptions
+
+    def interrupt(self, flow: FlowExecution, output: str) -> bool:
+        """Take a flow back from the worker that held it when `flow` was read.
+
+        The attempt is FAILED; the flow is RESCHEDULED at that task, or stays FAILED when the task
+        has lost its worker `MAX_INTERRUPTIONS` times before. Returns False, with nothing written,
+        when the worker has shown a sign of life since.
+        """
+        exhausted = flow.interruptions >= get_settings().MAX_INTERRUPTIONS
+        over = exhausted or flow.cancel_requested
+        to_status = FlowStatus.RESCHEDULED
+        if over:
+            to_status = FlowStatus.CANCELLED if flow.cancel_requested else FlowStatus.FAILED
+        values: dict[str, object] = {
+            "status": to_status,
+            "lease_expires_at": None,
+            "cancel_requested": False,
+            "interruptions": flow.interruptions + 1,
+            "finished_at": DatabaseNow() if over else None,
+        }
+        if not over:
+            values |= {"run_at": DatabaseNow(), "ready_rank": -flow.priority}
+        held = self.repository.held(flow.pk, flow.claim).filter(
+            lease_expires_at=flow.lease_expires_at, cancel_requested=flow.cancel_requested
+        )
+        if held.update(**values) != 1:
+            return False
+        if exhausted:
+            output += (
+                f" It has now lost its worker {flow.interruptions + 1} times, so the flow is not"
+                f" continued by itself: find out what ends the worker, then reschedule it."
+            )
+        running = self.repository.attempts.filter(
+            flow_execution=flow.pk, status=TaskStatus.RUNNING
+        )
+        attempts = list(running.values_list("pk", flat=True))
+        self.repository.finish_running_attempts(
+            flow.pk, status=TaskStatus.FAILED, output=output, error_type="TaskInterrupted"
+        )
+        path = [transition(FlowStatus.RUNNING, FlowStatus.FAILED, actor="recovery", reason=output)]
+        if to_status is not FlowStatus.FAILED:
+            by = flow.cancel_requested_by if flow.cancel_requested else ""
+            path.append(transition(FlowStatus.FAILED, to_status, actor=by or "recovery"))
+        self.record(flow.pk, path)
+        for attempt in attempts:
+            announce_task(self.repository.using, attempt)
+        return True
+
+    def recover_expired(self, limit: int = 100) -> int:
+        """Take back flows whose lease has expired; return how many."""
+        recovered = 0
+        for flow in list(self.repository.expired()[:limit]):
+            seen = flow.lease_expires_at - self._lease if flow.lease_expires_at else None
+            with self.repository.atomic():
+                if self.interrupt(flow, _lost(flow, seen)):
+                    recovered += 1
+                    logger.warning(
+                        "Flow %s was taken back from worker %s, whose lease had expired.",
+                        flow.pk,
+                        flow.claimed_by,
+                        extra={"flow": flow.pk, "template": flow.template_name},
+                    )
+        return recovered
+
+
+def _lost(flow: FlowExecution, seen: datetime | None) -> str:
+    when = f"; it was last seen at {seen:%Y-%m-%d %H:%M:%S} UTC" if seen else ""
+    return f"interrupted: worker {flow.claimed_by or 'unknown'} was lost{when}."

@@ -1,0 +1,70 @@
+"""Checks of what is given with a flow: texts, keys, priorities, moments."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+from django.utils import timezone
+
+from .exceptions import InvalidArgument
+from .models import MAX_PRIORITY, MIN_PRIORITY, NAME_LENGTH
+
+
+def check_text(what: str, value: Any) -> str:
+    """Return a text that every database can store; raises `InvalidArgument`."""
+    if not isinstance(value, str):
+        raise InvalidArgument(f"The {what} is {value!r}: give a text.")
+    if len(value) > NAME_LENGTH:
+        raise InvalidArgument(
+            f"The {what} has {len(value)} characters: give at most {NAME_LENGTH}."
+        )
+    if not value.isprintable():
+        raise InvalidArgument(f"The {what} is {value!r}: give printable characters only.")
+    return value
+
+
+def check_key(key: Any) -> str | None:
+    """Return an idempotency key that is the same text on every database."""
+    if key is None:
+        return None
+    text = check_text("key", key)
+    if not text or text != text.strip():
+        raise InvalidArgument(f"The key is {key!r}: give a text without spaces at its ends.")
+    return text
+
+
+def check_priority(priority: Any) -> int:
+    """Return a priority from -100 to 100; raises `InvalidArgument`."""
+    if (
+        not isinstance(priority, int)
+        or isinstance(priority, bool)
+        or not MIN_PRIORITY <= priority <= MAX_PRIORITY
+    ):
+        raise InvalidArgument(
+            f"The priority is {priority!r}: give a whole number from {MIN_PRIORITY} to"
+            f" {MAX_PRIORITY}."
+        )
+    return priority
+
+
+def check_run_at(run_at: Any) -> datetime | None:
+    """Return an aware moment, or None for now; raises `InvalidArgument`."""
+    if run_at is None:
+        return None
+    if not isinstance(run_at, datetime):
+        raise InvalidArgument(f"run_at is {run_at!r}: give an aware datetime, or None for now.")
+    if timezone.is_naive(run_at):
+        raise InvalidArgument(
+            f"run_at is {run_at.isoformat()}, without a time zone: make it aware, for instance"
+            f" with django.utils.timezone.make_aware."
+        )
+    # MariaDB holds years from 1000, and a time zone may not push a moment over the calendar.
+    if not 1000 < run_at.year < 9999:
+        raise InvalidArgument(f"run_at is {run_at.isoformat()}: give a year from 1001 to 9998.")
+    return run_at
+
+
+def storable_text(text: str) -> str:
+    """Return the text with what a database cannot hold (NUL, lone surrogates) written out."""
+    return text.replace("\x00", "\\x00").encode("utf-8", "backslashreplace").decode()
