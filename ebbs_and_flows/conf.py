@@ -81,12 +81,16 @@ def get_settings() -> Settings:
 
     Raises `ImproperSetting` that names the first thing wrong.
     """
+    global _last
     configured = getattr(django_settings, "EBBS_AND_FLOWS", {})
-    if not configured and configured == {}:
-        return _DEFAULTS
-    for problem in problems(configured):
-        raise ImproperSetting(problem)
-    return Settings(**configured)
+    seen, found = _last
+    # They are read several times a task, and checked when they have changed.
+    if configured != seen or type(configured) is not dict:
+        for problem in problems(configured):
+            raise ImproperSetting(problem)
+        found = Settings(**configured)
+        _last = (dict(configured), found)
+    return found
 
 
-_DEFAULTS = Settings()
+_last: tuple[dict[str, Any], Settings] = ({}, Settings())

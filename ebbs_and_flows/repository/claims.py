@@ -13,8 +13,14 @@ from django.db.models import F, Q
 
 from ..models import MIN_PRIORITY, FlowExecution, FlowTemplateState
 from ..status import WAITING, FlowStatus
-from .database import ATTEMPT, BATCH, FLOW, STATE, TRANSITION, DatabaseNow, now_sql
-from .steps import ClaimedRun, StepRepository
+from .database import ATTEMPT, BATCH, FLOW, STATE, TRANSITION, DatabaseNow, execute, now_sql
+from .steps import (
+    ClaimedRun,
+    StepRepository,
+    insert_transition,
+    read_entries,
+    start_attempt,
+)
 
 # How many candidates one look-up offers where rows cannot be locked and skipped.
 _CANDIDATES = 8
@@ -127,12 +133,12 @@ class ClaimRepository(StepRepository):
         """
         if not templates:
             return None
-        if self.connection.vendor == "postgresql":
-            with self._one_statement():
-                return self._claim_in_one(statuses, templates, worker, lease)
-        with self.transaction():
-            for flow in self._candidates(statuses, templates):
-                run = self._claim(flow, templates[flow.template_name], worker, lease)
+        if self.in_one_statement:
+            with self.brief_transaction(one_statement=True) as cursor:
+                return self._claim_in_one(cursor, statuses, templates, worker, lease)
+        with self.brief_transaction() as cursor:
+            for flow in self._candidates(cursor, statuses, templates):
+                run = self._claim(cursor, flow, templates[flow.template_name], worker, lease)
                 if run is not None:
                     return run
         return None
@@ -141,8 +147,8 @@ class ClaimRepository(StepRepository):
         self, flow: FlowExecution, task_names: Sequence[str], worker: str, lease: timedelta
     ) -> ClaimedRun | None:
         """Take a flow, due or not, if it is still as it was read; start its attempt."""
-        with self.transaction():
-            return self._claim(flow, task_names, worker, lease)
+        with self.brief_transaction() as cursor:
+            return self._claim(cursor, flow, task_names, worker, lease)
 
     def _is_ready(self, statuses: Sequence[FlowStatus]) -> tuple[str, list[Any]]:
         """Return the condition, and its parameters, on a flow that may be claimed."""
@@ -156,13 +162,14 @@ class ClaimRepository(StepRepository):
         return ready, [*moment, *_texts(statuses)]
 
     def _candidates(
-        self, statuses: Sequence[FlowStatus], templates: Iterable[str]
+        self, cursor: Any, statuses: Sequence[FlowStatus], templates: Iterable[str]
     ) -> list[FlowExecution]:
         """Return the best ready flows: one index range a template that is not paused."""
-        names = sorted(set(templates) - self.paused_names(templates))
+        cursor.execute(f"SELECT template_name FROM {STATE} WHERE paused_at IS NOT NULL")
+        names = sorted(set(templates) - {name for (name,) in cursor.fetchall()})
         ready, parameters = self._is_ready(statuses)
         # In SQLite's immediate transaction nobody can be faster.
-        limit = 1 if self.connection.vendor == "sqlite" else _CANDIDATES
+        limit = 1 if cursor.db.vendor == "sqlite" else _CANDIDATES
         best = (
             f"SELECT * FROM (SELECT id FROM {FLOW} WHERE template_name = %s AND {ready}"
             f" ORDER BY ready_rank, run_at, id LIMIT {limit}) AS best"
@@ -179,12 +186,18 @@ class ClaimRepository(StepRepository):
         return sorted(found, key=lambda flow: (-flow.priority, flow.run_at, flow.pk))
 
     def _claim(
-        self, flow: FlowExecution, task_names: Sequence[str], worker: str, lease: timedelta
+        self,
+        cursor: Any,
+        flow: FlowExecution,
+        task_names: Sequence[str],
+        worker: str,
+        lease: timedelta,
     ) -> ClaimedRun | None:
         """Take a flow by compare-and-swap, in the caller's transaction."""
-        now, moment = now_sql(self.connection)
-        until, expiry = now_sql(self.connection, lease)
-        taken = self._execute(
+        now, moment = now_sql(cursor.db)
+        until, expiry = now_sql(cursor.db, lease)
+        taken = execute(
+            cursor,
             f"UPDATE {FLOW} SET status = 'RUNNING', claim = claim + 1, claimed_by = %s,"
             f" lease_expires_at = {until}, ready_rank = NULL, finished_at = NULL,"
             f" started_at = COALESCE(started_at, {now})"
@@ -198,32 +211,19 @@ class ClaimRepository(StepRepository):
         )
         if taken != 1:
             return None
-        run = self._claimed(flow, flow.status, flow.claim + 1, worker)
+        run = _claimed(cursor, flow, flow.status, flow.claim + 1, worker)
         if run.claimed_from != FlowStatus.RUNNING:
             # RUNNING -> RUNNING is recorded by the attempts themselves.
-            self._insert_transition(run, run.claimed_from, FlowStatus.RUNNING)
+            insert_transition(cursor, run, run.claimed_from, FlowStatus.RUNNING)
         if run.task_index < len(task_names):
             # A flow that nobody has claimed before has no attempts.
             last = self.last_attempt(flow.pk, run.task_index) if flow.claim else 0
-            self.start_attempt(run, task_names[run.task_index], last + 1)
+            start_attempt(cursor, run, task_names[run.task_index], last + 1)
         return run
-
-    def _claimed(
-        self, flow: FlowExecution, claimed_from: str, claim: int, worker: str
-    ) -> ClaimedRun:
-        return ClaimedRun(
-            flow=flow,
-            claimed_from=FlowStatus(claimed_from),
-            claim=claim,
-            worker=worker,
-            task_index=flow.current_task_index,
-            stored=self.stored_entries(flow.pk),
-            forgiven_attempts=flow.forgiven_attempts,
-            interruptions=flow.interruptions,
-        )
 
     def _claim_in_one(
         self,
+        cursor: Any,
         statuses: Sequence[FlowStatus],
         templates: Mapping[str, Sequence[str]],
         worker: str,
@@ -282,11 +282,26 @@ class ClaimRepository(StepRepository):
         if not found:
             return None
         flow = found[0]
-        run = self._claimed(flow, flow.claimed_from, flow.claim, worker)
+        run = _claimed(cursor, flow, flow.claimed_from, flow.claim, worker)
         if flow.attempt_id is not None:
             run.task_name, run.attempt = flow.task, flow.attempt
             run.task_execution_id = flow.attempt_id
         return run
+
+
+def _claimed(
+    cursor: Any, flow: FlowExecution, claimed_from: str, claim: int, worker: str
+) -> ClaimedRun:
+    return ClaimedRun(
+        flow=flow,
+        claimed_from=FlowStatus(claimed_from),
+        claim=claim,
+        worker=worker,
+        task_index=flow.current_task_index,
+        stored=read_entries(cursor, flow.pk),
+        forgiven_attempts=flow.forgiven_attempts,
+        interruptions=flow.interruptions,
+    )
 
 
 def _texts(statuses: Iterable[FlowStatus]) -> list[str]:

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from django.db import connections, models, router, transaction
+from django.db import DatabaseError, InterfaceError, connections, models, router, transaction
 from django.db.models import QuerySet
 from django.utils import timezone
 
@@ -122,14 +122,34 @@ class Database:
         """The step that is under way, or a new one."""
         return nullcontext() if self._in_step else self.step()
 
-    def _one_statement(self) -> AbstractContextManager[None]:
-        """The transaction of a write that is a single statement: its own where that is durable."""
+    @contextmanager
+    def brief_transaction(self, *, one_statement: bool = False) -> Iterator[Any]:
+        """A durable transaction of this package's own statements, as a cursor to make them with.
+
+        No code of others runs within it, so that Django's bookkeeping of blocks and hooks, which
+        costs as much as the statements, is left out. A single statement is a transaction by
+        itself. Within the step of an atomic task, both are a part of that.
+        """
         connection = self.connection
-        # Neither is known before the connection is open.
-        connection.ensure_connection()
-        if connection.get_autocommit() and not connection.in_atomic_block:
-            return nullcontext()
-        return self.transaction()
+        with connection.cursor() as cursor:
+            if connection.in_atomic_block or not connection.get_autocommit():
+                with self.transaction():
+                    yield cursor
+            elif one_statement:
+                yield cursor
+            else:
+                # Immediate, so that SQLite waits for other writers here and not in the middle.
+                sqlite = connection.vendor == "sqlite"
+                cursor.execute("BEGIN IMMEDIATE" if sqlite else "BEGIN")
+                try:
+                    yield cursor
+                    cursor.execute("COMMIT")
+                except BaseException:
+                    try:
+                        cursor.execute("ROLLBACK")
+                    except (DatabaseError, InterfaceError):
+                        connection.close()
+                    raise
 
     @property
     def _in_step(self) -> bool:
@@ -158,15 +178,17 @@ class Database:
         if connection.connection is not None and connection.errors_occurred:
             connection.close_if_unusable_or_obsolete()
 
-    def _execute(self, sql: str, parameters: Sequence[Any]) -> int:
-        with self.connection.cursor() as cursor:
-            cursor.execute(sql, parameters)
-            return int(cursor.rowcount)
 
-    def _insert(self, sql: str, parameters: Sequence[Any]) -> int:
-        with self.connection.cursor() as cursor:
-            if self.connection.vendor == "postgresql":
-                cursor.execute(f"{sql} RETURNING id", parameters)
-                return int(cursor.fetchone()[0])
-            cursor.execute(sql, parameters)
-            return int(cursor.lastrowid)
+def execute(cursor: Any, sql: str, parameters: Sequence[Any]) -> int:
+    """Make a statement; return how many rows it changed."""
+    cursor.execute(sql, parameters)
+    return int(cursor.rowcount)
+
+
+def insert(cursor: Any, sql: str, parameters: Sequence[Any]) -> int:
+    """Insert a row; return its id."""
+    if cursor.db.vendor == "postgresql":
+        cursor.execute(f"{sql} RETURNING id", parameters)
+        return int(cursor.fetchone()[0])
+    cursor.execute(sql, parameters)
+    return int(cursor.lastrowid)

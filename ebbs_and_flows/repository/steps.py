@@ -11,17 +11,24 @@ from django.db.models import Max, QuerySet
 
 from ..models import FlowExecution, TaskExecution
 from ..status import FlowStatus, TaskStatus
-from .database import ATTEMPT, BATCH, ENTRY, FLOW, TRANSITION, Database, DatabaseNow, now_sql
+from .database import (
+    ATTEMPT,
+    BATCH,
+    ENTRY,
+    FLOW,
+    TRANSITION,
+    Database,
+    DatabaseNow,
+    execute,
+    insert,
+    now_sql,
+)
 
 # The index, too, so that a step that was committed after all is not made a second time.
 _FENCE = (
     "id = %s AND claim = %s AND status = 'RUNNING' AND NOT cancel_requested"
     " AND current_task_index = %s"
 )
-
-
-def _fence(run: ClaimedRun) -> list[int]:
-    return [run.flow.pk, run.claim, run.task_index]
 
 
 @dataclass(slots=True)
@@ -69,6 +76,11 @@ class StepRepository(Database):
         held = self.held(flow_id, claim).filter(lease_expires_at__isnull=False)
         return held.update(lease_expires_at=DatabaseNow(lease)) == 1
 
+    @property
+    def in_one_statement(self) -> bool:
+        """Whether claims and steps are single statements here."""
+        return bool(self.connection.vendor == "postgresql")
+
     def finish_step(
         self,
         run: ClaimedRun,
@@ -84,50 +96,53 @@ class StepRepository(Database):
         back if it has a next task and is over if not. Returns the id of the attempt that was
         started, 0 for none, or None with nothing written: the fence did not hold.
         """
-        if self.connection.vendor == "postgresql":
-            with self._one_statement():
-                return self._finish_in_one(run, entries, next_task, lease, log)
-        with self.transaction():
-            return self._finish_in_some(run, entries, next_task, lease, log)
+        in_one = self.in_one_statement
+        with self.brief_transaction(one_statement=in_one) as cursor:
+            finish = self._finish_in_one if in_one else self._finish_in_some
+            return finish(cursor, run, entries, next_task, lease, log)
 
     def _finish_in_some(
         self,
+        cursor: Any,
         run: ClaimedRun,
         entries: Mapping[str, str],
         next_task: str | None,
         lease: timedelta | None,
         log: str,
     ) -> int | None:
-        now, moment = now_sql(self.connection)
-        values, parameters = self._next_state(run, next_task, lease)
-        advanced = self._execute(
+        now, moment = now_sql(cursor.db)
+        values, parameters = _next_state(cursor, next_task, lease)
+        advanced = execute(
+            cursor,
             f"UPDATE {FLOW} SET current_task_index = %s, forgiven_attempts = 0,"
             f" interruptions = 0, {values} WHERE {_FENCE}",
             [run.task_index + 1, *parameters, *_fence(run)],
         )
         if advanced != 1:
             return None
-        self._execute(
+        execute(
+            cursor,
             f"UPDATE {ATTEMPT} SET status = 'SUCCEEDED', finished_at = {now}, log = %s"
             f" WHERE id = %s",
             [*moment, log, run.task_execution_id],
         )
-        self.insert_entries(run.flow.pk, entries, run.task_execution_id)
+        insert_entries(cursor, run.flow.pk, entries, run.task_execution_id)
         if next_task is None:
-            self._insert_transition(run, FlowStatus.RUNNING, FlowStatus.SUCCEEDED)
+            insert_transition(cursor, run, FlowStatus.RUNNING, FlowStatus.SUCCEEDED)
         if lease is None or next_task is None:
             return 0
-        return self._insert_attempt(run, run.task_index + 1, next_task, 1)
+        return _insert_attempt(cursor, run, run.task_index + 1, next_task, 1)
 
     def _finish_in_one(
         self,
+        cursor: Any,
         run: ClaimedRun,
         entries: Mapping[str, str],
         next_task: str | None,
         lease: timedelta | None,
         log: str,
     ) -> int | None:
-        values, parameters = self._next_state(run, next_task, lease)
+        values, parameters = _next_state(cursor, next_task, lease)
         follows = ""
         more: list[Any] = []
         if next_task is None:
@@ -161,44 +176,20 @@ class StepRepository(Database):
                     log = %s FROM fence WHERE a.id = %s
             ){written}{follows} SELECT {result}"""
         arrays = [run.task_execution_id, list(entries), list(entries.values())] if entries else []
-        with self.connection.cursor() as cursor:
-            cursor.execute(
-                sql,
-                [
-                    *(run.task_index + 1, *parameters, *_fence(run)),
-                    *(log, run.task_execution_id, *arrays, *more),
-                ],
-            )
-            started: int | None = cursor.fetchone()[0]
+        cursor.execute(
+            sql,
+            [
+                *(run.task_index + 1, *parameters, *_fence(run)),
+                *(log, run.task_execution_id, *arrays, *more),
+            ],
+        )
+        started: int | None = cursor.fetchone()[0]
         return started
-
-    def _next_state(
-        self, run: ClaimedRun, next_task: str | None, lease: timedelta | None
-    ) -> tuple[str, list[Any]]:
-        """Return what a step makes of the flow's row, as SQL with its parameters."""
-        if next_task is None:
-            now, moment = now_sql(self.connection)
-            return f"status = 'SUCCEEDED', finished_at = {now}, lease_expires_at = NULL", moment
-        if lease is None:
-            return "claimed_by = '', lease_expires_at = NULL, ready_rank = -priority", []
-        until, expiry = now_sql(self.connection, lease)
-        return f"lease_expires_at = {until}", expiry
 
     def start_attempt(self, run: ClaimedRun, task_name: str, attempt: int) -> None:
         """Store the RUNNING attempt at the run's task and make it the run's own."""
-        run.task_execution_id = self._insert_attempt(run, run.task_index, task_name, attempt)
-        run.task_name, run.attempt = task_name, attempt
-
-    def _insert_attempt(
-        self, run: ClaimedRun, task_index: int, task_name: str, attempt: int
-    ) -> int:
-        now, moment = now_sql(self.connection)
-        return self._insert(
-            f"INSERT INTO {ATTEMPT} (flow_execution_id, task_index, task_name, attempt, claim,"
-            f" status, started_at, output, error_type, log)"
-            f" VALUES (%s, %s, %s, %s, %s, 'RUNNING', {now}, '', '', '')",
-            [run.flow.pk, task_index, task_name, attempt, run.claim, *moment],
-        )
+        with self.connection.cursor() as cursor:
+            start_attempt(cursor, run, task_name, attempt)
 
     def insert_attempt(
         self,
@@ -248,35 +239,80 @@ class StepRepository(Database):
     def stored_entries(self, flow_id: int) -> dict[str, str]:
         """Return the stored text of each entry of a flow, in the order of writing."""
         with self.connection.cursor() as cursor:
-            cursor.execute(
-                f"SELECT name, value FROM {ENTRY} WHERE flow_execution_id = %s ORDER BY id",
-                [flow_id],
-            )
-            return dict(cursor.fetchall())
+            return read_entries(cursor, flow_id)
 
     def insert_entries(
         self, flow_id: int, entries: Mapping[str, str], task_execution_id: int | None
     ) -> None:
         """Store new entries of a flow, written by an attempt or, with None, at scheduling."""
-        named = list(entries.items())
-        for start in range(0, len(named), BATCH):
-            batch = named[start : start + BATCH]
-            rows = ", ".join(["(%s, %s, %s, %s)"] * len(batch))
-            self._execute(
-                f"INSERT INTO {ENTRY} (flow_execution_id, task_execution_id, name, value)"
-                f" VALUES {rows}",
-                [
-                    item
-                    for name, value in batch
-                    for item in (flow_id, task_execution_id, name, value)
-                ],
-            )
+        with self.connection.cursor() as cursor:
+            insert_entries(cursor, flow_id, entries, task_execution_id)
 
-    def _insert_transition(self, run: ClaimedRun, from_status: str, to_status: str) -> None:
-        now, parameters = now_sql(self.connection)
-        self._execute(
-            f"INSERT INTO {TRANSITION}"
-            f" (flow_execution_id, from_status, to_status, at, actor, reason)"
-            f" VALUES (%s, %s, %s, {now}, %s, '')",
-            [run.flow.pk, str(from_status), str(to_status), *parameters, run.worker],
+
+def _fence(run: ClaimedRun) -> list[int]:
+    return [run.flow.pk, run.claim, run.task_index]
+
+
+def _next_state(
+    cursor: Any, next_task: str | None, lease: timedelta | None
+) -> tuple[str, list[Any]]:
+    """Return what a step makes of the flow's row, as SQL with its parameters."""
+    if next_task is None:
+        now, moment = now_sql(cursor.db)
+        return f"status = 'SUCCEEDED', finished_at = {now}, lease_expires_at = NULL", moment
+    if lease is None:
+        return "claimed_by = '', lease_expires_at = NULL, ready_rank = -priority", []
+    until, expiry = now_sql(cursor.db, lease)
+    return f"lease_expires_at = {until}", expiry
+
+
+def start_attempt(cursor: Any, run: ClaimedRun, task_name: str, attempt: int) -> None:
+    """Store the RUNNING attempt at the run's task and make it the run's own."""
+    run.task_execution_id = _insert_attempt(cursor, run, run.task_index, task_name, attempt)
+    run.task_name, run.attempt = task_name, attempt
+
+
+def _insert_attempt(
+    cursor: Any, run: ClaimedRun, task_index: int, task_name: str, attempt: int
+) -> int:
+    now, moment = now_sql(cursor.db)
+    return insert(
+        cursor,
+        f"INSERT INTO {ATTEMPT} (flow_execution_id, task_index, task_name, attempt, claim,"
+        f" status, started_at, output, error_type, log)"
+        f" VALUES (%s, %s, %s, %s, %s, 'RUNNING', {now}, '', '', '')",
+        [run.flow.pk, task_index, task_name, attempt, run.claim, *moment],
+    )
+
+
+def read_entries(cursor: Any, flow_id: int) -> dict[str, str]:
+    """Return the stored text of each entry of a flow, in the order of writing."""
+    cursor.execute(
+        f"SELECT name, value FROM {ENTRY} WHERE flow_execution_id = %s ORDER BY id", [flow_id]
+    )
+    return dict(cursor.fetchall())
+
+
+def insert_entries(
+    cursor: Any, flow_id: int, entries: Mapping[str, str], task_execution_id: int | None
+) -> None:
+    """Store new entries of a flow, written by an attempt or, with None, at scheduling."""
+    named = list(entries.items())
+    for start in range(0, len(named), BATCH):
+        batch = named[start : start + BATCH]
+        rows = ", ".join(["(%s, %s, %s, %s)"] * len(batch))
+        cursor.execute(
+            f"INSERT INTO {ENTRY} (flow_execution_id, task_execution_id, name, value)"
+            f" VALUES {rows}",
+            [item for name, value in batch for item in (flow_id, task_execution_id, name, value)],
         )
+
+
+def insert_transition(cursor: Any, run: ClaimedRun, from_status: str, to_status: str) -> None:
+    """Store a transition that the run's worker makes."""
+    now, moment = now_sql(cursor.db)
+    cursor.execute(
+        f"INSERT INTO {TRANSITION} (flow_execution_id, from_status, to_status, at, actor, reason)"
+        f" VALUES (%s, %s, %s, {now}, %s, '')",
+        [run.flow.pk, str(from_status), str(to_status), *moment, run.worker],
+    )
