@@ -66,6 +66,8 @@ def test_w10_takes_n_plus_one_transactions_and_four_statements_a_step(
             transactions[-1].append(sql)
         elif is_boundary(sql, "SELECT"):
             reads += 1
+        elif is_boundary(sql, "PREPARE"):
+            assert connection.vendor == "postgresql"
         else:
             # A statement that writes is a transaction of its own.
             transactions.append([sql])

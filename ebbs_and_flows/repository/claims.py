@@ -14,6 +14,7 @@ from django.db.models import F, Q
 from ..models import MIN_PRIORITY, FlowExecution, FlowTemplateState
 from ..status import WAITING, FlowStatus
 from .database import ATTEMPT, BATCH, FLOW, STATE, TRANSITION, DatabaseNow, execute, now_sql
+from .prepared import execute_prepared
 from .steps import (
     ClaimedRun,
     StepRepository,
@@ -65,7 +66,7 @@ class ClaimRepository(StepRepository):
             f" AND (lease_expires_at < {now} OR lease_expires_at IS NULL))"
         )
         with self.connection.cursor() as cursor:
-            cursor.execute(sql, [*names, *ready_parameters, *waiting, *moment, *moment])
+            execute_prepared(cursor, sql, [*names, *ready_parameters, *waiting, *moment, *moment])
             found = [bool(item) for item in cursor.fetchone()]
         return Due(ready=found[0], unranked=found[1] or found[2], expired=found[2])
 
@@ -252,7 +253,8 @@ class ClaimRepository(StepRepository):
                     ORDER BY ready_rank, run_at, id LIMIT 1 FOR UPDATE SKIP LOCKED
                 ) AS b LIMIT 1
             ), claimed AS (
-                UPDATE {FLOW} f SET status = 'RUNNING', claim = f.claim + 1, claimed_by = %s,
+                UPDATE {FLOW} f SET status = 'RUNNING', claim = f.claim + 1,
+                    claimed_by = %s::varchar,
                     lease_expires_at = STATEMENT_TIMESTAMP() + %s::interval, ready_rank = NULL,
                     finished_at = NULL,
                     started_at = COALESCE(f.started_at, STATEMENT_TIMESTAMP())
@@ -276,16 +278,18 @@ class ClaimRepository(StepRepository):
             SELECT claimed.*, started.id AS attempt_id, started.attempt AS attempt
             FROM claimed LEFT JOIN started ON TRUE"""
         tasks = [json.dumps(list(templates[name])) for name in names]
-        found: list[Any] = list(
-            self.flows.raw(sql, [names, tasks, *parameters, *parameters, worker, lease])
-        )
-        if not found:
+        execute_prepared(cursor, sql, [names, tasks, *parameters, *parameters, worker, lease])
+        row = cursor.fetchone()
+        if row is None:
             return None
-        flow = found[0]
-        run = _claimed(cursor, flow, flow.claimed_from, flow.claim, worker)
-        if flow.attempt_id is not None:
-            run.task_name, run.attempt = flow.task, flow.attempt
-            run.task_execution_id = flow.attempt_id
+        fields = dict(zip((column.name for column in cursor.description), row, strict=True))
+        task, attempt = fields.pop("task"), fields.pop("attempt")
+        attempt_id, claimed_from = fields.pop("attempt_id"), fields.pop("claimed_from")
+        fields["task_names"] = json.loads(fields["task_names"])
+        flow = FlowExecution.from_db(self.using, list(fields), list(fields.values()))
+        run = _claimed(cursor, flow, claimed_from, flow.claim, worker)
+        if attempt_id is not None:
+            run.task_name, run.attempt, run.task_execution_id = task, attempt, attempt_id
         return run
 
 

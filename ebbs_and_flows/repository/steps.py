@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -23,12 +24,16 @@ from .database import (
     insert,
     now_sql,
 )
+from .prepared import execute_prepared
 
 # The index, too, so that a step that was committed after all is not made a second time.
 _FENCE = (
     "id = %s AND claim = %s AND status = 'RUNNING' AND NOT cancel_requested"
     " AND current_task_index = %s"
 )
+# The comparison of the status in a form that no index serves: on a small table PostgreSQL would
+# look up all that is or was RUNNING instead of the one row.
+_FENCE_IN_ONE = _FENCE.replace("status = 'RUNNING'", "(status = 'RUNNING') IS TRUE")
 
 
 @dataclass(slots=True)
@@ -142,49 +147,54 @@ class StepRepository(Database):
         lease: timedelta | None,
         log: str,
     ) -> int | None:
-        values, parameters = _next_state(cursor, next_task, lease)
-        follows = ""
-        more: list[Any] = []
+        # As few parameters as will do: each costs the driver as much as a row costs the database.
+        parameters: list[Any] = []
+        if next_task is None:
+            values = "status = 'SUCCEEDED', finished_at = STATEMENT_TIMESTAMP(),"
+            values += " lease_expires_at = NULL"
+        elif lease is None:
+            values, _ = _next_state(cursor, next_task, lease)
+        else:
+            values = "lease_expires_at = STATEMENT_TIMESTAMP() + %s * interval '1 second'"
+            parameters.append(lease.total_seconds())
+        parameters += [*_fence(run), log, run.task_execution_id]
+        written = follows = ""
+        if entries:
+            written = f""", written AS (
+                INSERT INTO {ENTRY} (flow_execution_id, task_execution_id, name, value)
+                SELECT finished.flow_execution_id, finished.id, e.name, e.value
+                FROM finished, json_each_text(%s::json) WITH ORDINALITY
+                AS e (name, value, position) ORDER BY e.position)"""
+            parameters.append(json.dumps(entries))
         if next_task is None:
             follows = f""", followed AS (
                 INSERT INTO {TRANSITION}
                     (flow_execution_id, from_status, to_status, at, actor, reason)
-                SELECT id, 'RUNNING', 'SUCCEEDED', STATEMENT_TIMESTAMP(), %s, '' FROM fence
-                RETURNING 0 AS id)"""
-            more = [run.worker]
+                SELECT id, 'RUNNING', 'SUCCEEDED', STATEMENT_TIMESTAMP(), claimed_by, ''
+                FROM fence RETURNING 0 AS id)"""
         elif lease is not None:
             follows = f""", followed AS (
                 INSERT INTO {ATTEMPT} (flow_execution_id, task_index, task_name, attempt, claim,
                     status, started_at, output, error_type, log)
-                SELECT id, %s, %s, 1, %s, 'RUNNING', STATEMENT_TIMESTAMP(), '', '', '' FROM fence
-                RETURNING id)"""
-            more = [run.task_index + 1, next_task, run.claim]
-        written = ""
-        if entries:
-            written = f""", written AS (
-                INSERT INTO {ENTRY} (flow_execution_id, task_execution_id, name, value)
-                SELECT fence.id, %s, e.name, e.value
-                FROM fence, unnest(%s::varchar[], %s::text[]) WITH ORDINALITY
-                AS e (name, value, position) ORDER BY e.position)"""
-        result = "(SELECT id FROM followed)" if follows else "(SELECT 0 FROM fence)"
-        sql = f"""
+                SELECT id, current_task_index, %s::varchar, 1, claim, 'RUNNING',
+                    STATEMENT_TIMESTAMP(), '', '', '' FROM fence RETURNING id)"""
+            parameters.append(next_task)
+        result = "followed.id FROM followed" if follows else "0 FROM fence"
+        execute_prepared(
+            cursor,
+            f"""
             WITH fence AS (
-                UPDATE {FLOW} SET current_task_index = %s, forgiven_attempts = 0,
-                    interruptions = 0, {values} WHERE {_FENCE} RETURNING id
+                UPDATE {FLOW} SET current_task_index = current_task_index + 1,
+                    forgiven_attempts = 0, interruptions = 0, {values}
+                WHERE {_FENCE_IN_ONE} RETURNING id, current_task_index, claim, claimed_by
             ), finished AS (
                 UPDATE {ATTEMPT} a SET status = 'SUCCEEDED', finished_at = STATEMENT_TIMESTAMP(),
-                    log = %s FROM fence WHERE a.id = %s
-            ){written}{follows} SELECT {result}"""
-        arrays = [run.task_execution_id, list(entries), list(entries.values())] if entries else []
-        cursor.execute(
-            sql,
-            [
-                *(run.task_index + 1, *parameters, *_fence(run)),
-                *(log, run.task_execution_id, *arrays, *more),
-            ],
+                    log = %s FROM fence WHERE a.id = %s RETURNING a.id, a.flow_execution_id
+            ){written}{follows} SELECT {result}""",
+            parameters,
         )
-        started: int | None = cursor.fetchone()[0]
-        return started
+        row = cursor.fetchone()
+        return None if row is None else int(row[0])
 
     def start_attempt(self, run: ClaimedRun, task_name: str, attempt: int) -> None:
         """Store the RUNNING attempt at the run's task and make it the run's own."""
