@@ -82,6 +82,18 @@ class InvalidArgument(EbbsAndFlowsError, ValueError):
     """An argument outside what is allowed."""
 
 
+class InvalidParameters(InvalidArgument):
+    """What a flow was to be scheduled with does not pass its template's `parameters` form.
+
+    `errors` holds the form's errors: field names to lists of sentences.
+    """
+
+    def __init__(self, template_name: str, errors: dict[str, list[str]]) -> None:
+        said = "; ".join(f"{name}: {' '.join(texts)}" for name, texts in errors.items())
+        super().__init__(f"Template {template_name!r} cannot be scheduled so: {said}")
+        self.errors = errors
+
+
 class FlowExecutionNotFound(EbbsAndFlowsError, LookupError):
     """No flow execution with that primary key."""
 

@@ -5,14 +5,20 @@ from __future__ import annotations
 import inspect
 import math
 import random
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, overload
 
+from django.db.models import QuerySet
 from django.forms.forms import BaseForm
 
 from .context import ExecutionContext
-from .exceptions import MAX_DELAY_SECONDS, InvalidFlowTemplate, TaskNotFound
+from .exceptions import (
+    MAX_DELAY_SECONDS,
+    InvalidFlowTemplate,
+    InvalidParameters,
+    TaskNotFound,
+)
 from .recurrence import Recurrence
 
 MAX_NAME_LENGTH = 200
@@ -232,6 +238,33 @@ class FlowTemplate:
         self._tasks: list[Task] = []
         for item in tasks:
             self.add_task(item)
+
+    def clean(self, context: Mapping[str, Any] | None) -> Mapping[str, Any]:
+        """Return what a flow is to be scheduled with, validated and cleaned by `parameters`.
+
+        Without `parameters` it is returned as it is. Raises `InvalidParameters`.
+        """
+        if self.parameters is None:
+            return {} if context is None else context
+        given = dict(context or {})
+        form = self.parameters(data=given)
+        unknown = [name for name in given if name not in form.fields]
+        if unknown:
+            known = ", ".join(form.fields) or "none"
+            raise InvalidParameters(
+                self.name,
+                {name: [f"There is no such parameter; there are: {known}."] for name in unknown},
+            )
+        if not form.is_valid():
+            raise InvalidParameters(
+                self.name,
+                {name: [str(text) for text in form.errors[name]] for name in form.errors},
+            )
+        cleaned: dict[str, Any] = form.cleaned_data
+        return {
+            name: list(value) if isinstance(value, QuerySet) else value
+            for name, value in cleaned.items()
+        }
 
     @property
     def tasks(self) -> tuple[Task, ...]:

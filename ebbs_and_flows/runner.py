@@ -27,6 +27,9 @@ from .worker import OnTask, Worker, worker_name
 
 logger = logging.getLogger("ebbs_and_flows")
 
+_MOST_WAKE_UPS = 8
+"""How many workers are woken for flows that come together; the pacemakers wake further ones."""
+
 
 class FlowRunner:
     """The front door: most projects use the one instance `flow_runner`.
@@ -160,13 +163,14 @@ class FlowRunner:
         `run_at` (aware) is the earliest moment, by default now; `key` makes the call idempotent
         for the template; `priority` is from -100 to 100, higher first. Within the caller's
         transaction the flow exists if and only if that commits. Raises `FlowTemplateNotFound`,
-        `InvalidArgument`, and the errors of the context's values.
+        `InvalidArgument`, `InvalidParameters` where the template has `parameters` that the context
+        does not pass, and the errors of the context's values.
         """
         template = self.get_flow_template(name)
         with self.service.repository.atomic():
             flow, created = self.service.get_or_create_flow_execution(
                 template,
-                context,
+                template.clean(context),
                 status=FlowStatus.SCHEDULED,
                 run_at=run_at,
                 key=key,
@@ -176,6 +180,37 @@ class FlowRunner:
             if created:
                 self._dispatch(flow)
         return flow
+
+    def schedule_flows(
+        self,
+        name: str,
+        contexts: Iterable[Mapping[str, Any] | None],
+        *,
+        keys: Iterable[str | None] | None = None,
+        run_at: datetime | None = None,
+        priority: int = 0,
+        actor: str = "",
+    ) -> list[FlowExecution]:
+        """Store many runs of a template, one a context, in a few statements; return the flows.
+
+        All of them are stored or, where an error is raised, none. `keys` has one key (or None)
+        for each context; a run whose key is there already is the first one with that key. Raises
+        what `schedule_flow` raises.
+        """
+        template = self.get_flow_template(name)
+        with self.service.repository.atomic():
+            flows, new = self.service.create_flow_executions(
+                template,
+                [template.clean(context) for context in contexts],
+                keys=keys,
+                status=FlowStatus.SCHEDULED,
+                run_at=run_at,
+                priority=priority,
+                actor=actor,
+            )
+            for flow in flows[: min(new, _MOST_WAKE_UPS)]:
+                self._dispatch(flow)
+        return flows
 
     def reschedule_flow_execution(
         self,

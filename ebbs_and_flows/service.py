@@ -8,14 +8,13 @@ from typing import Any
 
 from django.db import IntegrityError
 
-from .conf import get_settings
 from .context import ExecutionContext
+from .drafts import NewFlow, encode
 from .exceptions import (
     DuplicateEntry,
     FlowExecutionNotFound,
     IllegalTransition,
     InvalidArgument,
-    InvalidFlowTemplate,
     TaskNotFound,
 )
 from .flows import FlowTemplate
@@ -24,7 +23,7 @@ from .repository import DatabaseNow
 from .signals import announce_status, announce_task
 from .status import ALLOWED_TRANSITIONS, FINISHED, WAITING, FlowStatus, TaskStatus
 from .steps import CLAIMABLE, StepService, transition
-from .validation import check_key, check_priority, check_run_at, check_text, storable_text
+from .validation import check_priority, check_run_at, check_text, storable_text
 
 FlowOrPk = FlowExecution | int
 
@@ -134,58 +133,20 @@ class FlowService(StepService):
         template: FlowTemplate,
         context: Mapping[str, Any] | None = None,
         *,
-        status: FlowStatus = FlowStatus.CREATED,
-        run_at: datetime | None = None,
         key: str | None = None,
-        priority: int = 0,
-        actor: str = "",
-        first_task_index: int = 0,
-        stored: Mapping[str, str] | None = None,
-        rerun_of: FlowExecution | None = None,
+        **options: Any,
     ) -> tuple[FlowExecution, bool]:
         """Store a new run of a template, CREATED or already SCHEDULED.
 
-        Returns the flow and True, or the first flow with that template and key and False.
-        `stored` are entries in their stored form, taken over from another flow. Raises
-        `InvalidArgument` and the errors of the context's values.
+        Returns the flow and True, or the first flow with that template and key and False. Takes
+        the options, and raises the errors, of `NewFlow`.
         """
-        key, priority, run_at = check_key(key), check_priority(priority), check_run_at(run_at)
-        actor = check_text("actor", actor)
-        if not template.tasks:
-            raise InvalidFlowTemplate(
-                f"Template {template.name!r} has no tasks: add one before scheduling it."
-            )
-        known = dict(stored or {})
-        added = self._encode(context, known)
+        new = NewFlow.of(template, context, key=key, **options)
         if key is not None and (first := self.repository.find_by_key(template.name, key)):
             return first, False
-        path = [transition("", FlowStatus.CREATED, actor=actor)]
-        if status is FlowStatus.SCHEDULED:
-            path.append(transition(FlowStatus.CREATED, FlowStatus.SCHEDULED, actor=actor))
-        now = self.repository.now()
-        for record in path:
-            record.at = now
-        due_at = run_at or now
-        is_ready = status is FlowStatus.SCHEDULED and due_at <= now
-        deadline = template.deadline and timedelta(seconds=template.deadline)
-        flow = FlowExecution(
-            template_name=template.name,
-            task_names=template.task_names,
-            first_task_index=first_task_index,
-            current_task_index=first_task_index,
-            status=status,
-            key=key,
-            priority=priority,
-            run_at=due_at,
-            ready_rank=-priority if is_ready else None,
-            deadline_at=due_at + deadline if deadline else None,
-            created_at=now,
-            created_by=actor,
-            rerun_of=rerun_of,
-        )
         try:
             with self.repository.atomic():
-                self.repository.insert_flow(flow, {**known, **added}, path)
+                self._insert([new])
         except IntegrityError:
             # Somebody else was first with the key, at the same instant.
             if key is None:
@@ -194,20 +155,70 @@ class FlowService(StepService):
             if first is None:
                 raise
             return first, False
-        for record in path:
-            announce_status(
-                self.repository.using, flow.pk, record.from_status, record.to_status, actor
-            )
-        return flow, True
+        return new.flow, True
 
-    def _encode(
-        self, context: Mapping[str, Any] | None, stored: Mapping[str, str]
-    ) -> dict[str, str]:
-        if context is None:
-            return {}
-        if not isinstance(context, ExecutionContext):
-            context = ExecutionContext(context)
-        return context.encode_new_entries(stored, max_bytes=get_settings().MAX_ENTRY_BYTES)
+    def create_flow_executions(
+        self,
+        template: FlowTemplate,
+        contexts: Iterable[Mapping[str, Any] | None],
+        *,
+        keys: Iterable[str | None] | None = None,
+        **options: Any,
+    ) -> tuple[list[FlowExecution], int]:
+        """Store a run of a template for each context, in a few statements.
+
+        Returns the flows in the order of the contexts, and how many of them are new: one whose key
+        is there already is the first flow with that key. Takes the options, and raises the errors,
+        of `NewFlow`; nothing is stored when one is raised.
+        """
+        listed = list(contexts)
+        keyed = [None] * len(listed) if keys is None else list(keys)
+        if len(keyed) != len(listed):
+            raise InvalidArgument(
+                f"There are {len(listed)} contexts and {len(keyed)} keys: give one key a context."
+            )
+        drafts = [
+            NewFlow.of(template, context, key=key, **options)
+            for context, key in zip(listed, keyed, strict=True)
+        ]
+        wanted = {key for key in keyed if key is not None}
+        for tries_left in (2, 1, 0):
+            known = self.repository.find_by_keys(template.name, wanted)
+            new: dict[object, NewFlow] = {}
+            for number, draft in enumerate(drafts):
+                if draft.flow.key is None:
+                    new[number] = draft
+                elif draft.flow.key not in known:
+                    new.setdefault(draft.flow.key, draft)
+            try:
+                with self.repository.atomic():
+                    self._insert(list(new.values()))
+                break
+            except IntegrityError:
+                # Somebody else was first with one of the keys, at the same instant.
+                if not wanted or not tries_left:
+                    raise
+        known |= {draft.flow.key: draft.flow for draft in new.values() if draft.flow.key}
+        flows = [known[draft.flow.key] if draft.flow.key else draft.flow for draft in drafts]
+        return flows, len(new)
+
+    def _insert(self, new: Sequence[NewFlow]) -> None:
+        """Store new flows and all that comes with them, in the caller's transaction."""
+        now = self.repository.now()
+        rows = []
+        for draft in new:
+            draft.fill_in(now)
+            rows.append((draft.flow, draft.entries, draft.path(now)))
+        self.repository.insert_flows(rows)
+        for flow, _entries, path in rows:
+            for record in path:
+                announce_status(
+                    self.repository.using,
+                    flow.pk,
+                    record.from_status,
+                    record.to_status,
+                    record.actor,
+                )
 
     def fork(
         self,
@@ -357,7 +368,7 @@ class FlowService(StepService):
                         f"Flow {current.pk} already has an entry {name!r}: give only what the"
                         f" task would have added, or fork the flow with changes."
                     )
-            added = self._encode(given, stored)
+            added = encode(given, stored)
             index = current.current_task_index
             attempt = self.repository.insert_attempt(
                 current.pk,

@@ -881,7 +881,7 @@ def test_one_key_at_the_same_instant_makes_one_flow(runner: FlowRunner) -> None:
         finally:
             connections.close_all()
 
-    for round_ in range(5):
+    for round_ in range(60):
         made.clear()
         threads = [threading.Thread(target=schedule, args=(n % 2 == 0,)) for n in range(4)]
         for thread in threads:

@@ -15,8 +15,11 @@ from django.db.models import Q, QuerySet
 from ..models import FlowExecution, FlowTransition, PacemakerBeat, TaskExecution
 from ..status import WAITING, FlowStatus, TaskStatus
 from .claims import IS_FREE, ClaimRepository, Due
-from .database import DatabaseNow
-from .steps import ClaimedRun
+from .database import BATCH, FLOW, DatabaseNow
+from .steps import ClaimedRun, insert_entries
+
+NewRows = tuple[FlowExecution, Mapping[str, str], list[FlowTransition]]
+"""A new flow with its entries in their stored form and its first transitions."""
 
 __all__ = ["ClaimedRun", "DatabaseNow", "Due", "FlowRepository"]
 
@@ -26,13 +29,29 @@ class FlowRepository(ClaimRepository):
 
     # Scheduling
 
-    def insert_flow(
-        self, flow: FlowExecution, entries: Mapping[str, str], transitions: list[FlowTransition]
-    ) -> None:
-        """Store a new flow with its first entries and transitions, in the caller's transaction."""
-        flow.save(using=self.using, force_insert=True)
-        self.insert_entries(flow.pk, entries, None)
-        self.insert_transitions(flow.pk, transitions)
+    def insert_flows(self, rows: Sequence[NewRows]) -> None:
+        """Store new flows with their entries and transitions, in the caller's transaction."""
+        flows = [flow for flow, _entries, _path in rows]
+        if self.connection.features.can_return_rows_from_bulk_insert:
+            self.flows.bulk_create(flows, batch_size=BATCH)
+        else:
+            for flow in flows:
+                flow.save(using=self.using, force_insert=True)
+        with self.connection.cursor() as cursor:
+            insert_entries(
+                cursor,
+                [
+                    (flow.pk, None, name, value)
+                    for flow, entries, _path in rows
+                    for name, value in entries.items()
+                ],
+            )
+        transitions = []
+        for flow, _entries, path in rows:
+            for transition in path:
+                transition.flow_execution_id = flow.pk
+            transitions += path
+        FlowTransition.objects.using(self.using).bulk_create(transitions, batch_size=BATCH)
 
     def insert_transitions(self, flow_id: int, transitions: Sequence[FlowTransition]) -> None:
         """Store transitions of a flow; one without a time gets the database's."""
@@ -46,6 +65,16 @@ class FlowRepository(ClaimRepository):
         """Return the flow that was scheduled with that key."""
         return self.flows.filter(template_name=template_name, key=key).first()
 
+    def find_by_keys(self, template_name: str, keys: Iterable[str]) -> dict[str, FlowExecution]:
+        """Return the flows that were scheduled with those keys, by key."""
+        listed = list(keys)
+        found: dict[str, FlowExecution] = {}
+        for start in range(0, len(listed), BATCH):
+            batch = listed[start : start + BATCH]
+            for flow in self.flows.filter(template_name=template_name, key__in=batch):
+                found[str(flow.key)] = flow
+        return found
+
     def find_by_key_as_committed(self, template_name: str, key: str) -> FlowExecution | None:
         """Return it even if the caller's snapshot is older than its commit (MariaDB)."""
         flows = self.flows.filter(template_name=template_name, key=key)
@@ -55,7 +84,9 @@ class FlowRepository(ClaimRepository):
 
     def find(self, pk: int) -> FlowExecution | None:
         """Return a flow by its primary key."""
-        return self.flows.filter(pk=pk).first()
+        # Raw, because making SQL of a query set would take longer than the query.
+        found = self.flows.raw(f"SELECT * FROM {FLOW} WHERE id = %s", [pk])
+        return next(iter(found), None)
 
     def lock(self, pk: int) -> FlowExecution | None:
         """Return a flow as it is now, locked until the transaction ends where that exists."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -34,6 +34,10 @@ _FENCE = (
 # The comparison of the status in a form that no index serves: on a small table PostgreSQL would
 # look up all that is or was RUNNING instead of the one row.
 _FENCE_IN_ONE = _FENCE.replace("status = 'RUNNING'", "(status = 'RUNNING') IS TRUE")
+
+
+EntryRow = tuple[int, int | None, str, str]
+"""An entry's flow, the attempt that wrote it (None at scheduling), its name and stored text."""
 
 
 @dataclass(slots=True)
@@ -131,7 +135,8 @@ class StepRepository(Database):
             f" WHERE id = %s",
             [*moment, log, run.task_execution_id],
         )
-        insert_entries(cursor, run.flow.pk, entries, run.task_execution_id)
+        rows = [(run.flow.pk, run.task_execution_id, *entry) for entry in entries.items()]
+        insert_entries(cursor, rows)
         if next_task is None:
             insert_transition(cursor, run, FlowStatus.RUNNING, FlowStatus.SUCCEEDED)
         if lease is None or next_task is None:
@@ -252,11 +257,12 @@ class StepRepository(Database):
             return read_entries(cursor, flow_id)
 
     def insert_entries(
-        self, flow_id: int, entries: Mapping[str, str], task_execution_id: int | None
+        self, flow_id: int, entries: Mapping[str, str], task_execution_id: int
     ) -> None:
-        """Store new entries of a flow, written by an attempt or, with None, at scheduling."""
+        """Store new entries of a flow that an attempt has written."""
         with self.connection.cursor() as cursor:
-            insert_entries(cursor, flow_id, entries, task_execution_id)
+            rows = [(flow_id, task_execution_id, *entry) for entry in entries.items()]
+            insert_entries(cursor, rows)
 
 
 def _fence(run: ClaimedRun) -> list[int]:
@@ -303,18 +309,15 @@ def read_entries(cursor: Any, flow_id: int) -> dict[str, str]:
     return dict(cursor.fetchall())
 
 
-def insert_entries(
-    cursor: Any, flow_id: int, entries: Mapping[str, str], task_execution_id: int | None
-) -> None:
-    """Store new entries of a flow, written by an attempt or, with None, at scheduling."""
-    named = list(entries.items())
-    for start in range(0, len(named), BATCH):
-        batch = named[start : start + BATCH]
-        rows = ", ".join(["(%s, %s, %s, %s)"] * len(batch))
+def insert_entries(cursor: Any, rows: Sequence[EntryRow]) -> None:
+    """Store new entries of flows."""
+    for start in range(0, len(rows), BATCH):
+        batch = rows[start : start + BATCH]
+        slots = ", ".join(["(%s, %s, %s, %s)"] * len(batch))
         cursor.execute(
             f"INSERT INTO {ENTRY} (flow_execution_id, task_execution_id, name, value)"
-            f" VALUES {rows}",
-            [item for name, value in batch for item in (flow_id, task_execution_id, name, value)],
+            f" VALUES {slots}",
+            [item for row in batch for item in row],
         )
 
 
