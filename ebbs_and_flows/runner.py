@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from .conf import get_settings
 from .context import ExecutionContext
@@ -29,6 +30,22 @@ logger = logging.getLogger("ebbs_and_flows")
 
 _MOST_WAKE_UPS = 8
 """How many workers are woken for flows that come together; the pacemakers wake further ones."""
+
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _in_transaction(
+    method: Callable[Concatenate[FlowRunner, P], T],
+) -> Callable[Concatenate[FlowRunner, P], T]:
+    """Make all that a method writes one transaction, or a part of the caller's."""
+
+    @wraps(method)
+    def made(self: FlowRunner, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return self.service.repository.in_transaction(lambda: method(self, *args, **kwargs))
+
+    return made
 
 
 class FlowRunner:
@@ -148,6 +165,7 @@ class FlowRunner:
 
     # Scheduling
 
+    @_in_transaction
     def schedule_flow(
         self,
         name: str,
@@ -167,18 +185,17 @@ class FlowRunner:
         does not pass, and the errors of the context's values.
         """
         template = self.get_flow_template(name)
-        with self.service.repository.atomic():
-            flow, created = self.service.get_or_create_flow_execution(
-                template,
-                template.clean(context),
-                status=FlowStatus.SCHEDULED,
-                run_at=run_at,
-                key=key,
-                priority=priority,
-                actor=actor,
-            )
-            if created:
-                self._dispatch(flow)
+        flow, created = self.service.get_or_create_flow_execution(
+            template,
+            template.clean(context),
+            status=FlowStatus.SCHEDULED,
+            run_at=run_at,
+            key=key,
+            priority=priority,
+            actor=actor,
+        )
+        if created:
+            self._dispatch(flow)
         return flow
 
     def schedule_flows(
@@ -198,20 +215,29 @@ class FlowRunner:
         what `schedule_flow` raises.
         """
         template = self.get_flow_template(name)
-        with self.service.repository.atomic():
-            flows, new = self.service.create_flow_executions(
-                template,
-                [template.clean(context) for context in contexts],
-                keys=keys,
-                status=FlowStatus.SCHEDULED,
-                run_at=run_at,
-                priority=priority,
-                actor=actor,
-            )
-            for flow in flows[: min(new, _MOST_WAKE_UPS)]:
-                self._dispatch(flow)
+        return self._schedule_all(
+            template,
+            [template.clean(context) for context in contexts],
+            None if keys is None else list(keys),
+            {"run_at": run_at, "priority": priority, "actor": actor},
+        )
+
+    @_in_transaction
+    def _schedule_all(
+        self,
+        template: FlowTemplate,
+        contexts: Sequence[Mapping[str, Any]],
+        keys: Sequence[str | None] | None,
+        options: dict[str, Any],
+    ) -> list[FlowExecution]:
+        flows, new = self.service.create_flow_executions(
+            template, contexts, keys=keys, status=FlowStatus.SCHEDULED, **options
+        )
+        for flow in flows[: min(new, _MOST_WAKE_UPS)]:
+            self._dispatch(flow)
         return flows
 
+    @_in_transaction
     def reschedule_flow_execution(
         self,
         flow: FlowOrPk,
@@ -226,13 +252,13 @@ class FlowRunner:
         The task gets its whole retry allowance anew. Raises `IllegalTransition` unless the flow
         has failed.
         """
-        with self.service.repository.atomic():
-            rescheduled = self.service.reschedule(
-                flow, run_at=run_at, priority=priority, actor=actor, reason=reason
-            )
-            self._dispatch(rescheduled)
+        rescheduled = self.service.reschedule(
+            flow, run_at=run_at, priority=priority, actor=actor, reason=reason
+        )
+        self._dispatch(rescheduled)
         return rescheduled
 
+    @_in_transaction
     def fork_flow_execution(
         self,
         flow: FlowOrPk,
@@ -251,19 +277,19 @@ class FlowRunner:
         """
         source = self.service.get_flow_execution(flow)
         template = self.get_flow_template(source.template_name)
-        with self.service.repository.atomic():
-            fork = self.service.fork(
-                template,
-                source,
-                from_task=from_task,
-                changes=changes,
-                run_at=run_at,
-                priority=priority,
-                actor=actor,
-            )
-            self._dispatch(fork)
+        fork = self.service.fork(
+            template,
+            source,
+            from_task=from_task,
+            changes=changes,
+            run_at=run_at,
+            priority=priority,
+            actor=actor,
+        )
+        self._dispatch(fork)
         return fork
 
+    @_in_transaction
     def complete_failed_task(
         self,
         flow: FlowOrPk,
@@ -277,13 +303,11 @@ class FlowRunner:
         `entries` are what the task would have added; `reason` tells how it was done. Raises
         `IllegalTransition` unless the flow has failed, `DuplicateEntry`, `InvalidArgument`.
         """
-        with self.service.repository.atomic():
-            completed = self.service.complete_failed_task(
-                flow, entries, reason=reason, actor=actor
-            )
-            self._dispatch(completed)
+        completed = self.service.complete_failed_task(flow, entries, reason=reason, actor=actor)
+        self._dispatch(completed)
         return completed
 
+    @_in_transaction
     def cancel_flow_execution(
         self, flow: FlowOrPk, *, actor: str = "", reason: str = ""
     ) -> FlowExecution:
@@ -395,6 +419,7 @@ class FlowRunner:
 
     # Pausing
 
+    @_in_transaction
     def pause_flow_template(self, name: str, *, actor: str = "") -> None:
         """Have no flow of a template claimed, by any worker, until it is resumed.
 
@@ -402,11 +427,11 @@ class FlowRunner:
         """
         self.service.set_paused(self.get_flow_template(name).name, True, actor=actor)
 
+    @_in_transaction
     def resume_flow_template(self, name: str, *, actor: str = "") -> None:
         """Have the flows of a paused template claimed again; raises `FlowTemplateNotFound`."""
-        with self.service.repository.atomic():
-            if self.service.set_paused(self.get_flow_template(name).name, False, actor=actor):
-                get_engine().dispatch(self.service.repository.using)
+        if self.service.set_paused(self.get_flow_template(name).name, False, actor=actor):
+            get_engine().dispatch(self.service.repository.using)
 
     def count_due(
         self,

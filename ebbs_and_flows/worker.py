@@ -30,7 +30,7 @@ from .exceptions import (
 from .flows import FlowTemplate, Task
 from .heartbeat import WatchedRun, heartbeat
 from .outputs import describe, error_name
-from .repository import ClaimedRun
+from .repository import ClaimedRun, is_contention
 from .service import FlowService
 from .status import TaskStatus
 from .tasklog import kept
@@ -43,10 +43,6 @@ OnTask = Callable[[ClaimedRun, str, TaskStatus], None]
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 1.0
 """Seconds between two tries to reach a database that went away."""
-# What databases answer where two transactions were in each other's way: serialization failure and
-# deadlock (PostgreSQL documentation, appendix A), deadlock and lock wait time-out (MariaDB
-# documentation, error codes).
-_CONTENTION = {"40001", "40P01", 1213, 1205}
 
 
 class _BodyFailed(Exception):
@@ -273,11 +269,7 @@ class Worker:
         """Whether the database undid a transaction for another one's sake, or was lost."""
         if not isinstance(error, (OperationalError, InterfaceError)):
             return False
-        cause = error.__cause__
-        codes = {getattr(cause, "sqlstate", None), *(error.args[:1])}
-        if codes & _CONTENTION or "locked" in str(error):
-            return True
-        return not self._repository.connection.is_usable()
+        return is_contention(error) or not self._repository.connection.is_usable()
 
     def _persist(self, run: ClaimedRun, write: Callable[[], bool]) -> bool:
         """Make a write that is a transaction of its own, through a database that comes and goes.

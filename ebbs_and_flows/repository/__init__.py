@@ -15,13 +15,13 @@ from django.db.models import Q, QuerySet
 from ..models import FlowExecution, FlowTransition, PacemakerBeat, TaskExecution
 from ..status import WAITING, FlowStatus, TaskStatus
 from .claims import IS_FREE, ClaimRepository, Due
-from .database import BATCH, FLOW, DatabaseNow
+from .database import BATCH, FLOW, DatabaseNow, is_contention
 from .steps import ClaimedRun, insert_entries
 
 NewRows = tuple[FlowExecution, Mapping[str, str], list[FlowTransition]]
 """A new flow with its entries in their stored form and its first transitions."""
 
-__all__ = ["ClaimedRun", "DatabaseNow", "Due", "FlowRepository"]
+__all__ = ["ClaimedRun", "DatabaseNow", "Due", "FlowRepository", "is_contention"]
 
 
 class FlowRepository(ClaimRepository):

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, TypeVar
 
-from django.db import DatabaseError, InterfaceError, connections, models, router, transaction
+from django.db import (
+    DatabaseError,
+    InterfaceError,
+    OperationalError,
+    connections,
+    models,
+    router,
+    transaction,
+)
 from django.db.models import QuerySet
 from django.utils import timezone
 
@@ -19,6 +28,8 @@ from ..models import (
     FlowTransition,
     TaskExecution,
 )
+
+T = TypeVar("T")
 
 FLOW = FlowExecution._meta.db_table
 ATTEMPT = TaskExecution._meta.db_table
@@ -60,6 +71,20 @@ def now_sql(connection: Any, offset: timedelta = timedelta(0)) -> tuple[str, lis
         # functions stop at milliseconds, which would put "now" before what was just stored.
         return "%s", [str((datetime.now(UTC) + offset).replace(tzinfo=None))]
     return "CURRENT_TIMESTAMP + %s", [offset]
+
+
+# What databases answer where two transactions were in each other's way: serialization failure and
+# deadlock (PostgreSQL documentation, appendix A), deadlock and lock wait time-out (MariaDB
+# documentation, error codes).
+_CONTENTION_CODES = frozenset({"40001", "40P01", 1213, 1205})
+_CONTENTION_PAUSES = (0.01, 0.05, 0.2)
+"""Seconds until a write that was in the way of another one is made again."""
+
+
+def is_contention(error: BaseException) -> bool:
+    """Whether a database undid a transaction for another one's sake."""
+    codes = {getattr(error.__cause__, "sqlstate", None), *error.args[:1]}
+    return bool(codes & _CONTENTION_CODES) or "is locked" in str(error)
 
 
 class Database:
@@ -154,6 +179,23 @@ class Database:
     @property
     def _in_step(self) -> bool:
         return any(block.durable for block in self.connection.atomic_blocks)
+
+    def in_transaction(self, write: Callable[[], T]) -> T:
+        """Make a write in a transaction and return what it returns.
+
+        Where the database undoes it for another transaction's sake it is made again, unless it is
+        a part of the caller's transaction, which the caller alone can make again.
+        """
+        for pause in _CONTENTION_PAUSES:
+            try:
+                with self.atomic():
+                    return write()
+            except OperationalError as error:
+                if not is_contention(error) or self.connection.in_atomic_block:
+                    raise
+                time.sleep(pause)
+        with self.atomic():
+            return write()
 
     def check_no_outer_transaction(self) -> None:
         """Raise `OuterTransaction` where a step would not be durable."""
