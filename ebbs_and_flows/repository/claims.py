@@ -51,24 +51,52 @@ class ClaimRepository(StepRepository):
     # What is due
 
     def look(self, statuses: Sequence[FlowStatus], template_names: Iterable[str]) -> Due:
-        """Return what is to be done, by one query over indexes."""
-        names = list(template_names)
-        ready, ready_parameters = self._is_ready(statuses)
+        """Return what is to be done, by one query (one for each 500 templates)."""
+        names = sorted(template_names)
         now, moment = now_sql(self.connection)
-        waiting = _texts(WAITING)
-        listed = ", ".join(["%s"] * len(names))
-        known = f"template_name IN ({listed})" if names else "1 = 0"
-        sql = (
-            f"SELECT EXISTS (SELECT 1 FROM {FLOW} WHERE {known} AND {ready}),"
-            f" EXISTS (SELECT 1 FROM {FLOW} WHERE status IN (%s, %s) AND ready_rank IS NULL"
-            f" AND run_at <= {now}),"
-            f" EXISTS (SELECT 1 FROM {FLOW} WHERE status = 'RUNNING' AND ready_rank IS NULL"
-            f" AND (lease_expires_at < {now} OR lease_expires_at IS NULL))"
+        # Each in the order of its index, and one status at a time: asked whether there is any,
+        # databases prefer to scan for one.
+        waiting = (
+            f"(SELECT id FROM {FLOW} WHERE status = %s AND ready_rank IS NULL AND run_at <= {now}"
+            f" ORDER BY status, ready_rank, run_at LIMIT 1)"
         )
+        lost = (
+            f"(SELECT id FROM {FLOW} WHERE status = 'RUNNING' AND ready_rank IS NULL"
+            f" AND (lease_expires_at < {now} OR lease_expires_at IS NULL)"
+            f" ORDER BY status, ready_rank, run_at LIMIT 1)"
+        )
+        ready, parameters = self._best(statuses, names[:BATCH], 1)
+        parameters += [item for status in _texts(WAITING) for item in (status, *moment)]
         with self.connection.cursor() as cursor:
-            execute_prepared(cursor, sql, [*names, *ready_parameters, *waiting, *moment, *moment])
-            found = [bool(item) for item in cursor.fetchone()]
-        return Due(ready=found[0], unranked=found[1] or found[2], expired=found[2])
+            execute_prepared(
+                cursor,
+                f"SELECT (SELECT id FROM ({ready}) AS r LIMIT 1), {waiting}, {waiting}, {lost}",
+                [*parameters, *moment],
+            )
+            first, *unranked = [item is not None for item in cursor.fetchone()]
+            for start in range(BATCH, len(names), BATCH):
+                cursor.execute(*self._best(statuses, names[start : start + BATCH], 1))
+                first = first or cursor.fetchone() is not None
+        return Due(ready=first, unranked=any(unranked), expired=unranked[-1])
+
+    def _best(
+        self, statuses: Sequence[FlowStatus], names: Sequence[str], limit: int
+    ) -> tuple[str, list[Any]]:
+        """Return the SQL, and its parameters, of the ids of each template's best ready flows.
+
+        It is one index range a template.
+        """
+        ready, parameters = self._is_ready(statuses)
+        best = (
+            f"SELECT id FROM (SELECT id FROM {FLOW} WHERE template_name = %s AND {ready}"
+            f" ORDER BY template_name, ready_rank, run_at, id LIMIT {limit}) AS best"
+        )
+        if not names:
+            return f"SELECT id FROM {FLOW} WHERE 1 = 0", []
+        return (
+            " UNION ALL ".join([best] * len(names)),
+            [item for name in names for item in (name, *parameters)],
+        )
 
     def rank_due(self) -> int:
         """Rank the flows whose moment has come, for the claim to find them; return how many."""
@@ -168,21 +196,15 @@ class ClaimRepository(StepRepository):
         """Return the best ready flows: one index range a template that is not paused."""
         cursor.execute(f"SELECT template_name FROM {STATE} WHERE paused_at IS NOT NULL")
         names = sorted(set(templates) - {name for (name,) in cursor.fetchall()})
-        ready, parameters = self._is_ready(statuses)
         # In SQLite's immediate transaction nobody can be faster.
         limit = 1 if cursor.db.vendor == "sqlite" else _CANDIDATES
-        best = (
-            f"SELECT * FROM (SELECT id FROM {FLOW} WHERE template_name = %s AND {ready}"
-            f" ORDER BY ready_rank, run_at, id LIMIT {limit}) AS best"
-        )
         found: list[FlowExecution] = []
         for start in range(0, len(names), BATCH):
-            batch = names[start : start + BATCH]
-            union = " UNION ALL ".join([best] * len(batch))
+            best, parameters = self._best(statuses, names[start : start + BATCH], limit)
             found += self.flows.raw(
-                f"SELECT f.* FROM {FLOW} f JOIN ({union}) AS b ON b.id = f.id"
+                f"SELECT f.* FROM {FLOW} f JOIN ({best}) AS b ON b.id = f.id"
                 f" ORDER BY f.ready_rank, f.run_at, f.id LIMIT {limit}",
-                [item for name in batch for item in (name, *parameters)],
+                parameters,
             )
         return sorted(found, key=lambda flow: (-flow.priority, flow.run_at, flow.pk))
 
@@ -238,6 +260,7 @@ class ClaimRepository(StepRepository):
         ready, parameters = self._is_ready(statuses)
         names = list(templates)
         best = f"FROM {FLOW} WHERE template_name = t.name AND {ready}"
+        order = "ORDER BY ready_rank, run_at, id LIMIT 1"
         sql = f"""
             WITH known AS (
                 SELECT * FROM unnest(%s::varchar[], %s::jsonb[]) AS t (name, tasks)
@@ -245,12 +268,11 @@ class ClaimRepository(StepRepository):
                     WHERE s.template_name = t.name AND s.paused_at IS NOT NULL)
             ), ranked AS (
                 SELECT t.* FROM known t CROSS JOIN LATERAL (
-                    SELECT ready_rank, run_at, id {best} ORDER BY ready_rank, run_at, id LIMIT 1
+                    SELECT ready_rank, run_at, id {best} {order}
                 ) AS b ORDER BY b.ready_rank, b.run_at, b.id
             ), candidate AS (
                 SELECT b.id, b.status, t.tasks FROM ranked t CROSS JOIN LATERAL (
-                    SELECT id, status {best}
-                    ORDER BY ready_rank, run_at, id LIMIT 1 FOR UPDATE SKIP LOCKED
+                    SELECT id, status {best} {order} FOR UPDATE SKIP LOCKED
                 ) AS b LIMIT 1
             ), claimed AS (
                 UPDATE {FLOW} f SET status = 'RUNNING', claim = f.claim + 1,
