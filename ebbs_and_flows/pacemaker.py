@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from .conf import get_settings
 from .engines import get_engine
 from .presence import Presence
 from .runner import FlowRunner, flow_runner
@@ -28,12 +27,12 @@ class Pacemaker(Presence):
     def beat(self) -> float:
         """Wake a worker if something is due; return the seconds until the next beat."""
         until_refresh = super().beat()
-        self._runner.wake_worker()
+        until_next = self._runner.wake_worker()
         if not self._synced:
             self._runner.sync_recurring()
             self._synced = True
         get_engine().fire_recurring()
-        return min(until_refresh, get_settings().PACEMAKER_SECONDS)
+        return min(until_refresh, until_next)
 
 
 def start() -> Callable[[], None]:

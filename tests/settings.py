@@ -106,7 +106,7 @@ elif DATABASE == "sqlite":
 else:
     raise ValueError(f"EBBS_TEST_DATABASE is {DATABASE!r}: give sqlite, postgresql or mariadb.")
 
-EBBS_AND_FLOWS = {
+EBBS_AND_FLOWS: dict[str, object] = {
     # Short in the tests that end a worker and wait for its lease to expire.
     "LEASE_SECONDS": float(os.environ.get("EBBS_TEST_LEASE_SECONDS", "30")),
 }

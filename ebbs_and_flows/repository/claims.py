@@ -13,7 +13,17 @@ from django.db.models import F, Q
 
 from ..models import MIN_PRIORITY, FlowExecution, FlowTemplateState
 from ..status import WAITING, FlowStatus
-from .database import ATTEMPT, BATCH, FLOW, STATE, TRANSITION, DatabaseNow, execute, now_sql
+from .database import (
+    ATTEMPT,
+    BATCH,
+    FLOW,
+    STATE,
+    TRANSITION,
+    DatabaseNow,
+    execute,
+    now_sql,
+    seconds_until_sql,
+)
 from .prepared import execute_prepared
 from .steps import (
     ClaimedRun,
@@ -40,6 +50,8 @@ class Due:
     unranked: bool
     # Some worker has given no sign of life for a whole lease.
     expired: bool
+    # Seconds until the moment of the next flow comes; None if none comes in the time asked for.
+    next_in: float | None = None
 
     def __bool__(self) -> bool:
         return self.ready or self.unranked or self.expired
@@ -50,8 +62,14 @@ class ClaimRepository(StepRepository):
 
     # What is due
 
-    def look(self, statuses: Sequence[FlowStatus], template_names: Iterable[str]) -> Due:
-        """Return what is to be done, by one query over indexes."""
+    def look(
+        self,
+        statuses: Sequence[FlowStatus],
+        template_names: Iterable[str],
+        *,
+        ahead: timedelta | None = None,
+    ) -> Due:
+        """Return what is to be done, and when next within `ahead`, by one query over indexes."""
         names = list(template_names)
         ready, ready_parameters = self._is_ready(statuses)
         now, moment = now_sql(self.connection)
@@ -65,10 +83,25 @@ class ClaimRepository(StepRepository):
             f" EXISTS (SELECT 1 FROM {FLOW} WHERE status = 'RUNNING' AND ready_rank IS NULL"
             f" AND (lease_expires_at < {now} OR lease_expires_at IS NULL))"
         )
+        parameters = [*names, *ready_parameters, *waiting, *moment, *moment]
+        if ahead is not None:
+            # Bounded, since there is no index whose first entry is the next moment of them all.
+            end, end_moment = now_sql(self.connection, ahead)
+            sql += (
+                f", (SELECT {seconds_until_sql(self.connection, 'MIN(run_at)')} FROM {FLOW}"
+                f" WHERE status IN (%s, %s) AND ready_rank IS NULL"
+                f" AND run_at > {now} AND run_at <= {end})"
+            )
+            parameters += [*moment, *waiting, *moment, *end_moment]
         with self.connection.cursor() as cursor:
-            execute_prepared(cursor, sql, [*names, *ready_parameters, *waiting, *moment, *moment])
-            found = [bool(item) for item in cursor.fetchone()]
-        return Due(ready=found[0], unranked=found[1] or found[2], expired=found[2])
+            execute_prepared(cursor, sql, parameters)
+            found = cursor.fetchone()
+        return Due(
+            ready=bool(found[0]),
+            unranked=bool(found[1] or found[2]),
+            expired=bool(found[2]),
+            next_in=None if ahead is None or found[3] is None else float(found[3]),
+        )
 
     def rank_due(self) -> int:
         """Rank the flows whose moment has come, for the claim to find them; return how many."""
