@@ -119,7 +119,7 @@ def test_flows_that_nobody_here_knows_wake_nobody(due: FlowExecution) -> None:
 
 
 def test_a_backlog_that_waits_for_an_hour_makes_no_storm_of_messages(runner: FlowRunner) -> None:
-    """20,000 flows, half of them from a moment on, and four pacemakers in each second."""
+    """20,000 flows, half of them from a moment on."""
     runner.register_flow_template(template())
     flow = runner.schedule_flow("t")
     FlowExecution.objects.bulk_create(
@@ -134,7 +134,8 @@ def test_a_backlog_that_waits_for_an_hour_makes_no_storm_of_messages(runner: Flo
         )
         for number in range(19_999)
     )
-    seconds = 3600
+    # In one transaction, a server keeps every state that the beat's row ever had.
+    seconds = 3600 if connection.vendor == "sqlite" else 300
     for _ in range(seconds):
         let_a_second_pass()
         runner.wake_worker()
