@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
@@ -29,6 +30,7 @@ if not apps.is_installed("django_q"):
         " 'django_q' to INSTALLED_APPS."
     )
 
+from django_q.brokers import Broker, get_broker
 from django_q.cluster import Cluster
 from django_q.conf import Conf
 from django_q.models import Schedule
@@ -38,6 +40,7 @@ from django_q.tasks import async_task
 logger = logging.getLogger("ebbs_and_flows")
 
 _PREFIX = "flow: "
+_own = threading.local()
 ENTRY = "ebbs_and_flows.engines.django_q.run_due_flows"
 
 
@@ -91,7 +94,11 @@ class DjangoQEngine:
         """Return what in `Q_CLUSTER` would run messages twice, late, or end them in the middle."""
         # Not Conf, which keeps what the settings were when it was imported.
         queue = getattr(settings, "Q_CLUSTER", {})
-        return [*_check_time_limits(queue), *_check_broker(queue, using)]
+        return [
+            *_check_time_limits(queue),
+            *_check_broker(queue, using),
+            *_check_time_zone(queue),
+        ]
 
 
 def _kwargs(recurrence: Recurrence) -> str:
@@ -179,6 +186,17 @@ def _check_broker(queue: Mapping[str, Any], using: str) -> Iterator[CheckMessage
         )
 
 
+def _check_time_zone(queue: Mapping[str, Any]) -> Iterator[CheckMessage]:
+    zone = queue.get("time_zone", settings.TIME_ZONE)
+    if zone != settings.TIME_ZONE:
+        yield Warning(
+            f"Q_CLUSTER['time_zone'] is {zone!r} and TIME_ZONE {settings.TIME_ZONE!r}, so"
+            " recurring flows would be due by the one at first and by the other from then on.",
+            hint="Leave 'time_zone' out.",
+            id="ebbs_and_flows.W010",
+        )
+
+
 def fire_recurring(name: str, *, intended_at: str, declared: str = "") -> None:
     """Schedule what is due; what a recurring flow's message calls."""
     from ..runner import flow_runner
@@ -193,7 +211,15 @@ def run_due_flows() -> None:
 
 def _enqueue() -> None:
     # Acknowledged even if it fails: it is only a hint, and a pacemaker gives another.
-    async_task(ENTRY, save=False, ack_failure=True, group="ebbs_and_flows")
+    async_task(ENTRY, save=False, ack_failure=True, group="ebbs_and_flows", broker=_broker())
+
+
+def _broker() -> Broker:
+    """Return this thread's broker: by itself, django-q2 opens a connection for each message."""
+    if getattr(_own, "process", None) != os.getpid():
+        _own.broker, _own.process = get_broker(), os.getpid()
+    broker: Broker = _own.broker
+    return broker
 
 
 class _StopSign:
