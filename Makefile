@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo demo-once test lint format package clean
+.PHONY: demo demo-once test bench-background lint format package clean
 
 # Real data through real flows on SQLite, then the admin until Ctrl-C.
 demo: $(VENV)/demo.stamp
@@ -15,6 +15,10 @@ demo-once: $(VENV)/demo.stamp
 # The suite on SQLite and on each database server that answers.
 test: $(VENV)/test.stamp
 	$(BIN)/python tests/on_every_database.py -q -n 2
+
+# How soon flows start in the background, and how fast a backlog is done: PostgreSQL, Redis.
+bench-background: $(VENV)/test.stamp
+	$(BIN)/python -m bench.background
 
 lint: $(VENV)/lint.stamp
 	$(BIN)/ruff check .

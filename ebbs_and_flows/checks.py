@@ -12,6 +12,9 @@ from .conf import get_settings, problems
 from .engines import get_engine
 from .exceptions import ImproperSetting
 
+SHORTEST_LEASE = 10.0
+"""Seconds; a lease that is not longer is warned about."""
+
 
 def check_settings(**kwargs: Any) -> list[CheckMessage]:
     """Return what is wrong with `EBBS_AND_FLOWS` and with the database of the flows."""
@@ -29,42 +32,72 @@ def check_settings(**kwargs: Any) -> list[CheckMessage]:
                 id="ebbs_and_flows.E002",
             )
         )
-    found += _check_engine()
+    using = router.db_for_write(FlowExecution)
+    found += _check_engine(using)
     found += _check_templates()
-    found += _check_queue()
-    connection = connections[router.db_for_write(FlowExecution)]
-    options = connection.settings_dict.get("OPTIONS", {})
-    if connection.vendor == "sqlite":
-        if str(options.get("transaction_mode", "")).upper() != "IMMEDIATE":
-            found.append(
-                Warning(
-                    "Flows are stored in SQLite without transaction_mode IMMEDIATE, so two"
-                    " workers may fail with 'database is locked'.",
-                    hint='Add "OPTIONS": {"transaction_mode": "IMMEDIATE"} to the database.',
-                    id="ebbs_and_flows.W001",
-                )
-            )
-        if "WAL" not in str(options.get("init_command", "")).upper():
-            found.append(
-                Warning(
-                    "Flows are stored in SQLite without write-ahead logging, so a reader holds"
-                    " up the workers.",
-                    hint='Add "init_command": "PRAGMA journal_mode=WAL" to the OPTIONS of the'
-                    " database.",
-                    id="ebbs_and_flows.W002",
-                )
-            )
+    found += _check_lease(using)
+    if connections[using].vendor == "sqlite":
+        found += _check_sqlite(using)
     return found
 
 
-def _check_engine() -> list[CheckMessage]:
+def _check_sqlite(using: str) -> list[CheckMessage]:
+    options = connections[using].settings_dict.get("OPTIONS", {})
+    found: list[CheckMessage] = []
+    if str(options.get("transaction_mode", "")).upper() != "IMMEDIATE":
+        found.append(
+            Warning(
+                "Flows are stored in SQLite without transaction_mode IMMEDIATE, so two"
+                " workers may fail with 'database is locked'.",
+                hint='Add "OPTIONS": {"transaction_mode": "IMMEDIATE"} to the database.',
+                id="ebbs_and_flows.W001",
+            )
+        )
+    if "WAL" not in str(options.get("init_command", "")).upper():
+        found.append(
+            Warning(
+                "Flows are stored in SQLite without write-ahead logging, so a reader holds"
+                " up the workers.",
+                hint='Add "init_command": "PRAGMA journal_mode=WAL" to the OPTIONS of the'
+                " database.",
+                id="ebbs_and_flows.W002",
+            )
+        )
+    return found
+
+
+def _check_lease(using: str) -> list[CheckMessage]:
+    """Return why a worker that is well might lose its flow, so that a task runs twice."""
     try:
-        get_engine()
+        lease = get_settings().LEASE_SECONDS
+    except ImproperSetting:
+        # Named by E001.
+        return []
+    database = connections[using]
+    shortest, reason = SHORTEST_LEASE, "a busy machine or a slow database"
+    if database.vendor == "sqlite":
+        wait = float(database.settings_dict.get("OPTIONS", {}).get("timeout", 5))
+        if wait >= shortest:
+            shortest, reason = wait, f"another writer, for which SQLite waits up to {wait:g} s,"
+    if lease > shortest:
+        return []
+    return [
+        Warning(
+            f"EBBS_AND_FLOWS['LEASE_SECONDS'] is {lease:g}: a worker that is held up so long by"
+            f" {reason} loses its flow, and the task in progress is run again.",
+            hint=f"Set it well above {shortest:g}.",
+            id="ebbs_and_flows.W009",
+        )
+    ]
+
+
+def _check_engine(using: str) -> list[CheckMessage]:
+    try:
+        return get_engine().check(using)
     except ImproperSetting as error:
         # What is wrong in the dict itself is named by E001 already.
         named = problems(getattr(settings, "EBBS_AND_FLOWS", {}))
         return [] if named else [Error(str(error), id="ebbs_and_flows.E004")]
-    return []
 
 
 def _check_templates() -> list[CheckMessage]:
@@ -79,35 +112,3 @@ def _check_templates() -> list[CheckMessage]:
         for template in flow_runner.templates.values()
         if not template.tasks
     ]
-
-
-def _check_queue() -> list[CheckMessage]:
-    """Return what in django-q2's settings would run a message twice, or end it in the middle."""
-    queue = getattr(settings, "Q_CLUSTER", {})
-    timeout, retry = queue.get("timeout"), queue.get("retry", 60)
-    found: list[CheckMessage] = []
-    if timeout is not None and retry <= timeout:
-        found.append(
-            Warning(
-                f"Q_CLUSTER['retry'] is {retry} and its 'timeout' {timeout}, so a message that"
-                " is still being worked on is given to a second worker.",
-                hint="Set 'retry' above 'timeout'.",
-                id="ebbs_and_flows.W003",
-            )
-        )
-    try:
-        slice_seconds = get_settings().SLICE_SECONDS
-    except ImproperSetting:
-        # Named by E001.
-        return found
-    if timeout is not None and timeout <= slice_seconds:
-        found.append(
-            Warning(
-                f"Q_CLUSTER['timeout'] is {timeout}, and a message keeps a worker busy for"
-                f" {slice_seconds} s, so django-q2 would end workers in the middle of a task.",
-                hint="Set 'timeout' well above EBBS_AND_FLOWS['SLICE_SECONDS'], by the longest"
-                " task at least.",
-                id="ebbs_and_flows.W004",
-            )
-        )
-    return found

@@ -48,13 +48,29 @@ class Recurrence:
             )
 
     def next_after(self, moment: datetime) -> datetime:
-        """Return the first due time after an aware moment, aware, in the project's time zone."""
-        found: datetime = croniter(self.cron, timezone.localtime(moment)).get_next(datetime)
+        """Return the first due time after an aware moment, aware, in the project's time zone.
+
+        When the clocks go forward, a time that they skip is due as they do so. When they go back,
+        a time of day comes twice and is due at its first; what recurs by the minute or the hour
+        (a `*` in either field) goes on through both.
+        """
+        times = croniter(self.cron, timezone.localtime(moment))
+        found: datetime = times.get_next(datetime)
+        while self._comes_again(found):
+            found = times.get_next(datetime)
         return found
 
     def missed(self, intended_at: datetime, now: datetime) -> Iterator[datetime]:
         """Yield the due times from the intended one to now that are to make a flow."""
-        times = [intended_at]
-        while (following := self.next_after(times[-1])) <= now and len(times) < MAX_CAUGHT_UP:
+        times = [] if self._comes_again(intended_at) else [intended_at]
+        following = self.next_after(intended_at)
+        while following <= now and len(times) < MAX_CAUGHT_UP:
             times.append(following)
+            following = self.next_after(following)
         yield from times if self.catch_up else times[-1:]
+
+    def _comes_again(self, moment: datetime) -> bool:
+        """Whether it is the second time that the clocks show this time of a day's one run."""
+        minute, hour = self.cron.split()[:2]
+        is_by_the_clock = not minute.startswith("*") and not hour.startswith("*")
+        return is_by_the_clock and timezone.localtime(moment).fold == 1

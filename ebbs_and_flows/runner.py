@@ -19,7 +19,7 @@ from .exceptions import (
 from .flows import FlowTemplate
 from .models import FlowExecution
 from .recurrence import Recurrence
-from .repository import ClaimedRun
+from .repository import ClaimedRun, Due
 from .service import FlowOrPk, FlowService
 from .status import FlowStatus
 from .steps import CLAIMABLE
@@ -28,8 +28,10 @@ from .worker import OnTask, Worker, worker_name
 
 logger = logging.getLogger("ebbs_and_flows")
 
-_MOST_WAKE_UPS = 8
+MOST_WAKE_UPS = 8
 """How many workers are woken for flows that come together; the pacemakers wake further ones."""
+SHORTEST_WAIT = 0.005
+"""Seconds between two looks of a pacemaker at least."""
 
 
 P = ParamSpec("P")
@@ -233,7 +235,7 @@ class FlowRunner:
         flows, new = self.service.create_flow_executions(
             template, contexts, keys=keys, status=FlowStatus.SCHEDULED, **options
         )
-        for flow in flows[: min(new, _MOST_WAKE_UPS)]:
+        for flow in flows[: min(new, MOST_WAKE_UPS)]:
             self._dispatch(flow)
         return flows
 
@@ -367,7 +369,7 @@ class FlowRunner:
         repository.check_no_outer_transaction()
         wanted = CLAIMABLE if statuses is None else statuses
         chosen = self._chosen(templates)
-        while self._keep_house(wanted, chosen):
+        while self._look(wanted, chosen):
             run = self.service.claim(chosen.values(), worker_name(), wanted)
             if run is not None:
                 self._run(run, Worker(self.service, stop=stop, on_task=on_task))
@@ -383,39 +385,42 @@ class FlowRunner:
         names = set(templates)
         return {name: item for name, item in self._templates.items() if name in names}
 
-    def _keep_house(
-        self, statuses: Sequence[FlowStatus], templates: Mapping[str, FlowTemplate]
-    ) -> bool:
-        """Take back what lost its worker and rank what has become due, where there is any.
-
-        Returns whether something of the templates may be ready: by one query when not.
-        """
+    def _look(self, statuses: Sequence[FlowStatus], templates: Mapping[str, FlowTemplate]) -> bool:
+        """Return whether something of the templates may be ready: by one query when not."""
         due = self.service.repository.look(statuses, templates)
+        self._keep_house(due)
+        return bool(due)
+
+    def _keep_house(self, due: Due) -> int:
+        """Take back what lost its worker; rank what has become due and return how many did."""
         if due.expired:
             self.service.recover_expired()
-        if due.unranked:
-            self.service.repository.rank_due()
-        return bool(due)
+        return self.service.repository.rank_due() if due.unranked else 0
 
     def has_work(self) -> bool:
         """Whether a flow of the registered templates could be claimed now."""
-        return self._keep_house(CLAIMABLE, self._templates) and self.service.can_claim(
+        return self._look(CLAIMABLE, self._templates) and self.service.can_claim(
             self._templates.values()
         )
 
-    def wake_worker(self) -> bool:
-        """Take back what lost its worker, and have a worker woken for what is due.
+    def wake_worker(self) -> float:
+        """Take back what lost its worker, and have workers woken for what is due.
 
-        Returns whether one was woken: at most one each `PACEMAKER_SECONDS` by all callers on all
-        machines together. This is what a pacemaker does; when nothing is due it is one query.
+        This is what a pacemaker does; when nothing is due it is one query. Returns the seconds
+        until something more may be due, `PACEMAKER_SECONDS` at most. What has just become due
+        wakes a worker a flow, some at once; what stays due wakes one each `PACEMAKER_SECONDS`, by
+        all callers on all machines together.
         """
-        if not self.has_work():
-            return False
+        interval = timedelta(seconds=get_settings().PACEMAKER_SECONDS)
         repository = self.service.repository
-        if not repository.take_beat(timedelta(seconds=get_settings().PACEMAKER_SECONDS)):
-            return False
-        get_engine().dispatch(repository.using)
-        return True
+        due = repository.look(CLAIMABLE, self._templates, ahead=interval)
+        ranked = self._keep_house(due)
+        if due and self.service.can_claim(self._templates.values()):
+            for _ in range(min(ranked, MOST_WAKE_UPS) or repository.take_beat(interval)):
+                get_engine().dispatch(repository.using)
+        if due.next_in is None:
+            return interval.total_seconds()
+        return max(due.next_in, SHORTEST_WAIT)
 
     # Pausing
 

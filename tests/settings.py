@@ -25,6 +25,7 @@ INSTALLED_APPS = [
     "django.contrib.sessions",
     "django.contrib.staticfiles",
     "django_q",
+    "django_tasks_db",
     "ebbs_and_flows",
     "tests.shop",
     "demo_project.observatory",
@@ -105,8 +106,13 @@ elif DATABASE == "sqlite":
 else:
     raise ValueError(f"EBBS_TEST_DATABASE is {DATABASE!r}: give sqlite, postgresql or mariadb.")
 
-# Short in the tests that end a worker and wait for its lease to expire.
-EBBS_AND_FLOWS = {"LEASE_SECONDS": float(os.environ.get("EBBS_TEST_LEASE_SECONDS", "30"))}
+EBBS_AND_FLOWS: dict[str, object] = {
+    # Short in the tests that end a worker and wait for its lease to expire.
+    "LEASE_SECONDS": float(os.environ.get("EBBS_TEST_LEASE_SECONDS", "30")),
+}
+if os.environ.get("EBBS_TEST_ENGINE") == "django_tasks":
+    EBBS_AND_FLOWS["ENGINE"] = "ebbs_and_flows.engines.django_tasks.DjangoTasksEngine"
+TASKS = {"default": {"BACKEND": "django_tasks_db.DatabaseBackend"}}
 
 Q_CLUSTER = {
     # Of its own, so that a test's cluster takes no other's messages.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from django.core.checks import run_checks
+from django.db import connection
 
 from ebbs_and_flows import (
     FlowRunner,
@@ -67,19 +69,13 @@ def test_an_engine_that_cannot_be_imported_undoes_the_scheduling(
     assert not FlowExecution.objects.exists()
 
 
-def test_sqlite_without_its_options_is_warned_about(settings: Any) -> None:
-    from django.db import connection
-
-    options = connection.settings_dict["OPTIONS"]
+def test_sqlite_without_its_options_is_warned_about(
+    settings: Any, database: dict[str, Any]
+) -> None:
     if connection.vendor != "sqlite":
         pytest.skip("about SQLite")
-    kept = dict(options)
-    options.clear()
-    try:
-        ids = {message.id for message in run_checks()}
-    finally:
-        options.update(kept)
-    assert {"ebbs_and_flows.W001", "ebbs_and_flows.W002"} <= ids
+    database["OPTIONS"] = {"timeout": 20}
+    assert warned(settings, SOUND) == {"ebbs_and_flows.W001", "ebbs_and_flows.W002"}
 
 
 def test_times_without_zones_are_an_error(settings: Any) -> None:
@@ -87,21 +83,79 @@ def test_times_without_zones_are_an_error(settings: Any) -> None:
     assert "ebbs_and_flows.E002" in {message.id for message in run_checks()}
 
 
+SOUND = {"orm": "default", "timeout": 60, "retry": 120}
+
+
+@pytest.fixture
+def database() -> Iterator[dict[str, Any]]:
+    """The settings of the database, as they should be; put back in the end."""
+    found = connection.settings_dict
+    kept = {**found, "OPTIONS": dict(found["OPTIONS"])}
+    found["CONN_MAX_AGE"] = 60
+    yield found
+    found.update(kept)
+
+
+def warned(settings: Any, queue: dict[str, Any]) -> set[str]:
+    settings.Q_CLUSTER = queue
+    return {message.id or "" for message in run_checks() if "ebbs_and_flows.W" in str(message.id)}
+
+
 @pytest.mark.parametrize(
     ("queue", "expected"),
     [
-        ({"timeout": 60, "retry": 120}, set()),
-        ({"retry": 60}, set()),
-        ({"timeout": 60, "retry": 60}, {"ebbs_and_flows.W003"}),
-        ({"timeout": 20, "retry": 60}, {"ebbs_and_flows.W004"}),
+        (SOUND, set()),
+        ({**SOUND, "retry": 60}, {"ebbs_and_flows.W003"}),
+        ({**SOUND, "retry": 59}, {"ebbs_and_flows.W003"}),
+        ({**SOUND, "timeout": 20}, {"ebbs_and_flows.W004"}),
+        ({"orm": "default", "timeout": 60}, {"ebbs_and_flows.W003"}),
+        ({"orm": "default", "retry": 120}, {"ebbs_and_flows.W005"}),
+        ({**SOUND, "sync": True}, {"ebbs_and_flows.W006"}),
+        ({**SOUND, "orm": "another"}, {"ebbs_and_flows.W007"}),
+        ({"redis": {}, "timeout": 60, "retry": 120}, set()),
+        ({**SOUND, "time_zone": "Asia/Tokyo"}, {"ebbs_and_flows.W010"}),
+        ({**SOUND, "time_zone": "Europe/Berlin"}, set()),
     ],
 )
-def test_a_queue_that_repeats_or_breaks_off_messages_is_warned_about(
-    settings: Any, queue: dict[str, int], expected: set[str]
+def test_a_queue_that_would_do_harm_is_warned_about(
+    settings: Any, database: dict[str, Any], queue: dict[str, Any], expected: set[str]
 ) -> None:
-    settings.Q_CLUSTER = queue
-    found = {message.id for message in run_checks()}
-    assert found & {"ebbs_and_flows.W003", "ebbs_and_flows.W004"} == expected
+    assert warned(settings, queue) == expected
+
+
+def test_connections_that_are_opened_for_each_message_are_warned_about(
+    settings: Any, database: dict[str, Any]
+) -> None:
+    costly = {"ebbs_and_flows.W008"} if connection.vendor != "sqlite" else set()
+    database["CONN_MAX_AGE"] = 0
+    assert warned(settings, SOUND) == costly
+    assert warned(settings, {"redis": {}, "timeout": 60, "retry": 120}) == set()
+    database["OPTIONS"] = {**database["OPTIONS"], "pool": True}
+    assert warned(settings, SOUND) == set()
+    database["OPTIONS"].pop("pool")
+    database["CONN_MAX_AGE"] = None
+    assert warned(settings, SOUND) == set()
+
+
+@pytest.mark.parametrize(("lease", "wait", "is_short"), [(10, 5, True), (11, 5, False)])
+def test_a_lease_that_a_sound_worker_may_lose_is_warned_about(
+    settings: Any, database: dict[str, Any], lease: float, wait: float, is_short: bool
+) -> None:
+    if connection.vendor == "sqlite":
+        database["OPTIONS"]["timeout"] = wait
+    settings.EBBS_AND_FLOWS = {"LEASE_SECONDS": lease}
+    assert warned(settings, SOUND) == ({"ebbs_and_flows.W009"} if is_short else set())
+
+
+def test_a_lease_that_ends_while_sqlite_waits_is_warned_about(
+    settings: Any, database: dict[str, Any]
+) -> None:
+    if connection.vendor != "sqlite":
+        pytest.skip("about SQLite")
+    database["OPTIONS"]["timeout"] = 30
+    assert warned(settings, SOUND) == {"ebbs_and_flows.W009"}
+    settings.EBBS_AND_FLOWS = {"LEASE_SECONDS": 31}
+    assert warned(settings, SOUND) == set()
 
 
 def test_a_template_without_tasks_is_an_error(settings: Any) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -19,7 +20,7 @@ from django.utils import timezone
 from django_q.models import OrmQ
 
 from ebbs_and_flows import FlowStatus, flow_runner
-from ebbs_and_flows.models import FlowExecution, TaskExecution
+from ebbs_and_flows.models import FlowExecution, TaskExecution, WorkerProcess
 
 pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.processes]
 
@@ -95,17 +96,30 @@ def end(process: subprocess.Popen[str]) -> None:
     process.wait()
 
 
-def schedule(environment: dict[str, str], template: str, folder: Path, *more: str) -> None:
-    """Schedule as another process would, which enqueues with the broker under test."""
+SCHEDULE = """
+import json, sys
+from datetime import timedelta
+import django
+django.setup()
+from django.utils import timezone
+from ebbs_and_flows import flow_runner
+
+template, folder, number, seconds = json.loads(sys.argv[1])
+for _ in range(number):
+    run_at = timezone.now() + timedelta(seconds=seconds) if seconds else None
+    flow_runner.schedule_flow(template, {"folder": folder}, run_at=run_at)
+"""
+
+
+def schedule(
+    environment: dict[str, str], template: str, folder: Path, number: int = 1, *, after: float = 0
+) -> None:
+    """Schedule flows as another process would, which enqueues with the broker under test."""
+    given = json.dumps([template, str(folder), number, after])
     subprocess.run(
-        [
-            *(sys.executable, "-m", "django", "scheduleflow", template),
-            *("--entry", f"folder={folder}"),
-            *more,
-        ],
+        [sys.executable, "-c", SCHEDULE, given],
         env=environment,
         check=True,
-        capture_output=True,
         timeout=60,
     )
 
@@ -128,19 +142,68 @@ def started_tasks(folder: Path) -> Counter[str]:
     return Counter(" ".join(line.split()[:2]) for line in lines)
 
 
+def assert_nothing_was_repeated(folder: Path) -> None:
+    """I2, by the records and by what the tasks themselves have noted."""
+    attempts = TaskExecution.objects.order_by("flow_execution", "task_index", "attempt")
+    made: dict[str, list[str]] = defaultdict(list)
+    for attempt in attempts:
+        made[f"{attempt.flow_execution_id} {attempt.task_name}"].append(attempt.status)
+    started = started_tasks(folder)
+    for task, statuses in made.items():
+        assert statuses.count("SUCCEEDED") == 1, task
+        assert statuses[-1] == "SUCCEEDED", task
+        # An attempt whose worker was killed may not have come to its note.
+        assert started[task] <= len(statuses), task
+    for flow in FlowExecution.objects.all():
+        succeeded = flow.task_executions.filter(status="SUCCEEDED")
+        assert succeeded.count() == len(flow.task_names)
+
+
+def running_worker() -> int:
+    """Return the process id of a worker that is within a task."""
+    found: list[int] = []
+
+    def is_one() -> bool:
+        running = FlowExecution.objects.filter(
+            status=FlowStatus.RUNNING, current_task_index__gte=1
+        )
+        found[:] = [int(flow.claimed_by.rpartition(":")[2]) for flow in running]
+        return bool(found)
+
+    until(is_one, "a worker in the middle of a flow")
+    return found[0]
+
+
+def parent_of(pid: int) -> int:
+    shown = subprocess.run(
+        ["ps", "-o", "ppid=", "-p", str(pid)], check=True, capture_output=True, text=True
+    )
+    return int(shown.stdout)
+
+
 def test_a_scheduled_flow_runs_by_itself_and_a_later_one_not_before_its_time(
     start_cluster: Start, environment: dict[str, str], tmp_path: Path
 ) -> None:
     cluster = start_cluster()
     schedule(environment, "shop-quick", tmp_path)
-    schedule(environment, "shop-quick", tmp_path, "--at", "3s", "--key", "later")
+    schedule(environment, "shop-quick", tmp_path, after=3)
     until(all_ended, "both flows")
-    later = FlowExecution.objects.get(key="later")
+    later = FlowExecution.objects.latest("run_at")
     assert later.started_at is not None
     assert later.started_at >= later.run_at
     assert set(started_tasks(tmp_path).values()) == {1}
     cluster.terminate()
     assert cluster.wait(30) == 0
+
+
+def test_the_workers_of_a_cluster_are_listed_while_they_live(start_cluster: Start) -> None:
+    cluster = start_cluster()
+    until(lambda: WorkerProcess.objects.count() == 2, "two workers")
+    for worker in WorkerProcess.objects.all():
+        assert parent_of(parent_of(int(worker.name.rpartition(":")[2]))) == cluster.pid
+    cluster.terminate()
+    cluster.wait(30)
+    assert not WorkerProcess.objects.exists()
 
 
 def test_i1_i2_lost_and_repeated_messages_do_no_harm(
@@ -187,6 +250,67 @@ def test_i1_i2_a_killed_worker_and_a_killed_cluster_lose_nothing(
             if name.split()[0] == str(flow.pk)
         }
         assert counts["first"] == counts["last"] == 1
+
+
+@pytest.mark.parametrize("killed", ["worker", "sentinel", "cluster"])
+def test_i1_i2_kill_9_in_the_middle_of_a_backlog_repeats_nothing_that_succeeded(
+    start_cluster: Start, environment: dict[str, str], tmp_path: Path, killed: str
+) -> None:
+    schedule(environment, "shop-paced", tmp_path, 12)
+    cluster = start_cluster()
+    worker = running_worker()
+    if killed == "worker":
+        os.kill(worker, signal.SIGKILL)
+    elif killed == "sentinel":
+        os.kill(parent_of(worker), signal.SIGKILL)
+        cluster.wait(30)
+        start_cluster()
+    else:
+        os.killpg(cluster.pid, signal.SIGKILL)
+        cluster.wait(30)
+        start_cluster()
+    until(all_ended, "the backlog")
+    assert_nothing_was_repeated(tmp_path)
+
+
+@pytest.mark.parametrize("broker", ["redis"], indirect=True)
+def test_i1_i2_a_queue_that_is_flushed_loses_no_flow(
+    start_cluster: Start, environment: dict[str, str], tmp_path: Path
+) -> None:
+    import redis
+
+    server = redis.Redis(
+        host=os.environ.get("REDIS_HOST", "127.0.0.1"),
+        port=int(os.environ.get("REDIS_PORT", "6379")),
+    )
+    queue = f"django_q:{environment['EBBS_TEST_CLUSTER']}:q"
+    schedule(environment, "shop-paced", tmp_path, 12)
+    assert server.llen(queue) == 12
+    start_cluster()
+    running_worker()
+    assert server.delete(queue)
+    server.close()
+    until(all_ended, "the backlog")
+    assert_nothing_was_repeated(tmp_path)
+
+
+def test_sigterm_stops_a_cluster_in_the_middle_of_flows_that_go_on_elsewhere(
+    start_cluster: Start, environment: dict[str, str], tmp_path: Path
+) -> None:
+    # Longer than the test: what goes on, goes on because it was handed over.
+    environment["EBBS_TEST_LEASE_SECONDS"] = "600"
+    schedule(environment, "shop-long", tmp_path, 4)
+    cluster = start_cluster()
+    running_worker()
+    cluster.terminate()
+    assert cluster.wait(60) == 0
+    # Neither did it run to their end what it had begun, nor what was queued within it.
+    assert not FlowExecution.objects.filter(status=FlowStatus.SUCCEEDED).exists()
+    assert not FlowExecution.objects.filter(lease_expires_at__isnull=False).exists()
+    start_cluster()
+    until(all_ended, "the flows")
+    assert set(started_tasks(tmp_path).values()) == {1}
+    assert set(TaskExecution.objects.values_list("attempt", flat=True)) == {1}
 
 
 def test_two_clusters_do_one_backlog_with_no_flow_run_twice(

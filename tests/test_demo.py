@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.cookiejar
 import json
 import os
 import shlex
@@ -11,8 +12,10 @@ import subprocess
 import sys
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
 from decimal import Decimal
@@ -439,53 +442,104 @@ def test_a_port_that_is_taken_is_one_sentence(tmp_path: Path) -> None:
     assert done.stdout == ""
 
 
-@pytest.mark.processes
-def test_the_site_is_served_until_ctrl_c(tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "manage.py", "demo", "--port", "0"],
-        cwd=BASE_DIR,
-        env=demo_environment(tmp_path),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    try:
-        assert process.stdout is not None
-        lines: list[str] = []
-        for line in process.stdout:
-            lines.append(line)
+class Site:
+    """`manage.py demo`, once it serves; a browser's cookies; what it had printed by then."""
+
+    def __init__(self, folder: Path) -> None:
+        with (folder / "stderr").open("w") as stderr:
+            self.process = subprocess.Popen(
+                [sys.executable, "manage.py", "demo", "--port", "0"],
+                cwd=BASE_DIR,
+                env=demo_environment(folder),
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+            )
+        assert self.process.stdout is not None
+        self.said = ""
+        for line in self.process.stdout:
+            self.said += line
             if "The admin is at " in line:
                 break
-        said = "".join(lines)
-        address = said.partition("The admin is at ")[2].partition("/admin/")[0]
+        self.address = self.said.partition("The admin is at ")[2].partition("/admin/")[0]
+        self.cookies = http.cookiejar.CookieJar()
+        self.browser = urllib.request.build_opener(
+            urllib.request.HTTPCookieProcessor(self.cookies)
+        )
 
-        def fetch(path: str) -> str:
-            with urllib.request.urlopen(address + path, timeout=20) as answer:
-                return answer.read().decode()
+    def get(self, path: str) -> str:
+        with self.browser.open(self.address + path, timeout=20) as answer:
+            return answer.read().decode()
 
-        assert 'name="password"' in fetch("/admin/login/")
-        assert "body" in fetch("/static/admin/css/base.css")
-        assert "Seattle's weather in 2014" in fetch("/reports/seattle-weather-2014.html")
-        with pytest.raises(urllib.error.HTTPError, match="404"):
-            fetch("/reports/..%2fdemo.sqlite3")
+    def post(self, path: str, **fields: str) -> str:
+        token = next(str(c.value) for c in self.cookies if c.name == "csrftoken")
+        content = urllib.parse.urlencode({**fields, "csrfmiddlewaretoken": token}).encode()
+        with self.browser.open(self.address + path, content, timeout=20) as answer:
+            return answer.read().decode()
 
-        # The commands that it prints do what it says, and the site's own worker runs the rest.
-        advice = [line.strip() for line in said.splitlines() if line.startswith("  python ")]
-        assert len(advice) == 2
-        for command in advice:
-            mended = run_demo(tmp_path, *shlex.split(command)[2:])
-            assert mended.returncode == 0, mended.stderr
-        wait_for((tmp_path / "reports" / "airports-GU.html").exists)
+    def children(self) -> set[int]:
+        """The processes that it has started, and those that these have."""
+        listed = subprocess.run(
+            ["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True
+        ).stdout
+        parents = [tuple(map(int, line.split())) for line in listed.splitlines()]
+        found = {self.process.pid}
+        while more := {pid for pid, parent in parents if parent in found} - found:
+            found |= more
+        return found - {self.process.pid}
 
-        process.send_signal(signal.SIGINT)
-        started = time.monotonic()
-        assert process.wait(timeout=20) == 0
-        assert time.monotonic() - started < 6
-    finally:
-        process.kill()
-        process.wait()
-        if process.stdout is not None:
-            process.stdout.close()
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Site]:
+    site = Site(tmp_path)
+    yield site
+    children = site.children()
+    site.process.kill()
+    site.process.wait()
+    for pid in children:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    if site.process.stdout is not None:
+        site.process.stdout.close()
+    print((tmp_path / "stderr").read_text())
+
+
+@pytest.mark.processes
+def test_the_site_is_served_and_its_cluster_runs_what_is_scheduled(
+    site: Site, tmp_path: Path
+) -> None:
+    assert 'name="password"' in site.get("/admin/login/")
+    assert "body" in site.get("/static/admin/css/base.css")
+    assert "Seattle's weather in 2014" in site.get("/reports/seattle-weather-2014.html")
+    with pytest.raises(urllib.error.HTTPError, match="404"):
+        site.get("/reports/..%2fdemo.sqlite3")
+
+    # The commands that it prints do what it says, and the cluster runs the rest.
+    advice = [line.strip() for line in site.said.splitlines() if line.startswith("  python ")]
+    assert len(advice) == 2
+    for command in advice:
+        mended = run_demo(tmp_path, *shlex.split(command)[2:])
+        assert mended.returncode == 0, mended.stderr
+    wait_for((tmp_path / "reports" / "airports-GU.html").exists)
+
+    # So does what is scheduled in the admin.
+    flows = "/admin/ebbs_and_flows/flowexecution/"
+    site.post(f"/admin/login/?next={flows}", username="demo", password="demo", next=flows)
+    (tmp_path / "reports" / "seattle-weather-2012.html").unlink()
+    site.post(f"{flows}1/rerun_from_start/")
+    wait_for((tmp_path / "reports" / "seattle-weather-2012.html").exists)
+    wait_for(lambda: site.get(f"{flows}?status=SUCCEEDED").count("weather-report #") == 5)
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_ctrl_c_ends_the_site_and_leaves_no_process(site: Site, ending: signal.Signals) -> None:
+    # The cluster, its sentinel, two workers, and two that django-q2 has beside them.
+    wait_for(lambda: len(site.children()) == 6)
+    children = site.children()
+    site.process.send_signal(ending)
+    assert site.process.wait(timeout=30) == 0
+    assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
 
 
 def wait_for(condition: Any, seconds: float = 30) -> None:

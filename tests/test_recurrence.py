@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from zoneinfo import ZoneInfo
 
 import pytest
+from django.db import connections
 from django.utils import timezone
 from django_q.models import OrmQ, Schedule
 from django_q.scheduler import scheduler
@@ -55,6 +57,50 @@ def test_six_in_the_morning_stays_six_when_the_clocks_change() -> None:
     ]
     autumn = at_six.next_after(datetime(2026, 10, 24, 12, tzinfo=BERLIN))
     assert autumn.astimezone(UTC).isoformat() == "2026-10-25T05:00:00+00:00"
+
+
+def due_on(cron: str, start: datetime, number: int) -> list[str]:
+    """The due times after a moment, in UTC."""
+    found: list[datetime] = []
+    for _ in range(number):
+        found.append(recurrence(cron).next_after(found[-1] if found else start))
+    return [f"{moment.astimezone(UTC):%d %H:%M}" for moment in found]
+
+
+@pytest.mark.parametrize(
+    ("cron", "spring", "autumn"),
+    [
+        # Two is skipped in spring, and in autumn comes twice: at 00:30 and 01:30 in UTC.
+        ("30 2 * * *", ["28 01:30", "29 01:00", "30 00:30"], ["24 00:30", "25 00:30", "26 01:30"]),
+        ("0 0 * * *", ["28 23:00", "29 22:00", "30 22:00"], ["24 22:00", "25 23:00", "26 23:00"]),
+    ],
+)
+def test_a_time_of_day_is_due_once_a_day_whatever_the_clocks_do(
+    cron: str, spring: list[str], autumn: list[str]
+) -> None:
+    assert due_on(cron, datetime(2026, 3, 28, 0, 30, tzinfo=BERLIN), 3) == spring
+    assert due_on(cron, datetime(2026, 10, 24, 0, 30, tzinfo=BERLIN), 3) == autumn
+
+
+def test_hours_of_a_day_are_due_once_each_when_one_comes_twice() -> None:
+    autumn = due_on("0 1-3 * * *", datetime(2026, 10, 25, 0, 30, tzinfo=BERLIN), 4)
+    assert autumn == ["24 23:00", "25 00:00", "25 02:00", "26 00:00"]
+
+
+def test_what_recurs_by_the_hour_goes_on_through_both_twos() -> None:
+    autumn = due_on("0 * * * *", datetime(2026, 10, 25, 1, 30, tzinfo=BERLIN), 3)
+    assert autumn == ["25 00:00", "25 01:00", "25 02:00"]
+    spring = due_on("*/30 * * * *", datetime(2026, 3, 29, 1, 10, tzinfo=BERLIN), 3)
+    assert spring == ["29 00:30", "29 01:00", "29 01:30"]
+
+
+def test_the_second_two_of_a_day_makes_no_flow_even_if_the_queue_fires_it() -> None:
+    daily = recurrence("30 2 * * *", catch_up=True)
+    second = datetime(2026, 10, 25, 1, 30, tzinfo=UTC)
+    assert list(daily.missed(second, second)) == []
+    assert list(daily.missed(second, second + timedelta(days=1))) == [second + timedelta(days=1)]
+    hourly = recurrence("30 * * * *")
+    assert list(hourly.missed(second, second)) == [second]
 
 
 def test_missed_times_are_caught_up_or_only_the_latest_is() -> None:
@@ -131,6 +177,28 @@ def test_django_q2_fires_it_and_twice_the_same_time_makes_one_flow(declared: Flo
     assert flow.template_name == "nightly"
     assert flow.key == f"nightly {intended:%Y-%m-%dT%H:%MZ}"
     assert Schedule.objects.get().next_run > timezone.now()
+
+
+@pytest.mark.django_db(transaction=True)
+def test_two_clusters_that_fire_one_time_at_once_make_one_flow(declared: FlowRunner) -> None:
+    intended = timezone.now().replace(second=0, microsecond=0)
+    made: list[int] = []
+    barrier = threading.Barrier(4)
+
+    def fire() -> None:
+        try:
+            barrier.wait(10)
+            made.extend(flow.pk for flow in declared.fire_recurring("nightly", intended))
+        finally:
+            connections.close_all()
+
+    threads = [threading.Thread(target=fire) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert made == [FlowExecution.objects.get().pk] * 4
+    assert FlowExecution.objects.get().transitions.count() == 2
 
 
 def test_a_recurring_flow_has_its_context_and_priority(declared: FlowRunner) -> None:

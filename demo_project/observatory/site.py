@@ -1,20 +1,22 @@
-"""The demo's web server and the worker beside it, both in this process."""
+"""The demo's web server, and the cluster that runs flows beside it."""
 
 from __future__ import annotations
 
-import logging
-import threading
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
+from django.conf import settings
 from django.contrib.staticfiles.handlers import StaticFilesHandler
 from django.core.servers.basehttp import ThreadedWSGIServer, WSGIRequestHandler
 from django.core.wsgi import get_wsgi_application
-from django.db import DatabaseError, connection
-
-from ebbs_and_flows import flow_runner
-
-logger = logging.getLogger(__name__)
 
 HOST = "127.0.0.1"
+PATIENCE = 10
+"""Seconds that the cluster has to end; the demo's tasks take a fraction of one."""
 
 
 def open_server(port: int) -> ThreadedWSGIServer:
@@ -24,31 +26,24 @@ def open_server(port: int) -> ThreadedWSGIServer:
     return server
 
 
-class BackgroundWorker(threading.Thread):
-    """Runs what falls due while the site is served: flows from the admin, retries, repairs.
-
-    A project of one's own runs `manage.py qcluster` instead; the demo is to be one command.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(name="demo-worker", daemon=True)
-        self._stopped = threading.Event()
-
-    def run(self) -> None:
-        """Look for due flows until stopped."""
+@contextmanager
+def cluster() -> Iterator[None]:
+    """Have django-q2's cluster run, as `manage.py qcluster` starts it, and end it at the end."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "django", "qcluster"],
+        cwd=settings.BASE_DIR.parent,
+        stdin=subprocess.DEVNULL,
+        # A group of its own: a Ctrl-C is for the demo, which then ends the whole of it.
+        process_group=0,
+    )
+    try:
+        yield
+    finally:
         try:
-            while not self._stopped.wait(0.5):
-                try:
-                    while flow_runner.run_next(stop=self._stopped.is_set) is not None:
-                        if self._stopped.is_set():
-                            return
-                except DatabaseError:
-                    logger.exception("The worker could not reach the database; it tries again.")
-                    connection.close()
+            process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(PATIENCE)
         finally:
-            connection.close()
-
-    def stop(self) -> None:
-        """Let the task in progress end, for a few seconds at most."""
-        self._stopped.set()
-        self.join(timeout=5)
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Protocol, cast
 
+from django.core.checks import CheckMessage
 from django.utils.module_loading import import_string
 
 from ..conf import get_settings
@@ -19,11 +20,23 @@ class Engine(Protocol):
     def dispatch(self, using: str) -> None:
         """Tell some worker that a flow is due, once the current transaction commits."""
 
-    def connect(self, on_worker_start: Callable[[], None]) -> None:
-        """Have this called in each of the queue's worker processes when it starts."""
+    def connect(self, on_worker_start: Callable[[], Callable[[], None]]) -> None:
+        """Have this called in each of the queue's worker processes when it starts.
+
+        What it returns is to be called when the worker ends in an orderly way.
+        """
 
     def sync_recurring(self, recurrences: Mapping[str, Recurrence]) -> None:
         """Make, change and remove the queue's own schedules, so that they fit those given."""
+
+    def fire_recurring(self) -> None:
+        """Schedule the recurring flows whose time has come, if the queue does not do so itself.
+
+        Called by each pacemaker at each of its beats.
+        """
+
+    def check(self, using: str) -> list[CheckMessage]:
+        """Return what is configured so that the queue could not run the flows of `using` well."""
 
 
 @cache

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
+from multiprocessing.synchronize import Event
+from multiprocessing.util import Finalize
 from typing import Any
 
 from django.apps import apps
-from django.db import router, transaction
+from django.conf import settings
+from django.core.checks import CheckMessage, Warning  # noqa: A004
+from django.db import connections, router, transaction
 from django.utils import timezone
 
 from ..conf import get_settings
 from ..exceptions import ImproperSetting
 from ..recurrence import Recurrence
+from .slices import run_slice
 
 if not apps.is_installed("django_q"):
     raise ImproperSetting(
@@ -22,6 +30,8 @@ if not apps.is_installed("django_q"):
         " 'django_q' to INSTALLED_APPS."
     )
 
+from django_q.brokers import Broker, get_broker
+from django_q.cluster import Cluster
 from django_q.conf import Conf
 from django_q.models import Schedule
 from django_q.signals import post_spawn
@@ -30,6 +40,7 @@ from django_q.tasks import async_task
 logger = logging.getLogger("ebbs_and_flows")
 
 _PREFIX = "flow: "
+_own = threading.local()
 ENTRY = "ebbs_and_flows.engines.django_q.run_due_flows"
 
 
@@ -38,17 +49,19 @@ class DjangoQEngine:
 
     def dispatch(self, using: str) -> None:
         """Enqueue a wake-up: in the same transaction where the broker allows, else on commit."""
-        if using == Conf.ORM:
-            self._enqueue()
+        if using == Conf.ORM and not Conf.SYNC:
+            _enqueue()
         else:
             # A broker that is away delays the flow, until a pacemaker sees it, and no more.
-            transaction.on_commit(self._enqueue, using=using, robust=True)
+            transaction.on_commit(_enqueue, using=using, robust=True)
 
-    def connect(self, on_worker_start: Callable[[], None]) -> None:
+    def connect(self, on_worker_start: Callable[[], Callable[[], None]]) -> None:
         """Have this called in each worker process of a cluster, by django-q2's `post_spawn`."""
 
         def on_spawn(**_: Any) -> None:
-            on_worker_start()
+            if not Conf.SYNC:
+                # Not atexit, which a forked process does not heed before Python 3.13.
+                Finalize(None, on_worker_start(), exitpriority=1)
 
         post_spawn.connect(on_spawn, weak=False, dispatch_uid="ebbs_and_flows")
 
@@ -74,14 +87,24 @@ class DjangoQEngine:
                 if name not in known:
                     _declare(Schedule(name=_PREFIX + name), recurrence)
 
-    @staticmethod
-    def _enqueue() -> None:
-        async_task(ENTRY, save=False, group="ebbs_and_flows")
+    def fire_recurring(self) -> None:
+        """Leave it to django-q2's own scheduler."""
+
+    def check(self, using: str) -> list[CheckMessage]:
+        """Return what in `Q_CLUSTER` would run messages twice, late, or end them in the middle."""
+        # Not Conf, which keeps what the settings were when it was imported.
+        queue = getattr(settings, "Q_CLUSTER", {})
+        return [
+            *_check_time_limits(queue),
+            *_check_broker(queue, using),
+            *_check_time_zone(queue),
+        ]
 
 
 def _kwargs(recurrence: Recurrence) -> str:
     # Read by ast.literal_eval. What the code declared is kept here to tell it from an edit.
-    return repr({"declared": recurrence.cron, "q_options": {"save": False}})
+    # A firing that fails comes again, whatever ack_failures says: nothing else would repeat it.
+    return repr({"declared": recurrence.cron, "q_options": {"save": False, "ack_failure": False}})
 
 
 def _declare(schedule: Schedule, recurrence: Recurrence) -> None:
@@ -96,6 +119,84 @@ def _declare(schedule: Schedule, recurrence: Recurrence) -> None:
     schedule.save(using=router.db_for_write(Schedule))
 
 
+def _check_time_limits(queue: Mapping[str, Any]) -> Iterator[CheckMessage]:
+    timeout, retry = queue.get("timeout"), queue.get("retry", 60)
+    try:
+        slice_seconds = get_settings().SLICE_SECONDS
+    except ImproperSetting:
+        # Named by E001.
+        return
+    if not timeout:
+        yield Warning(
+            "Q_CLUSTER has no 'timeout', so a worker whose task hangs is never replaced.",
+            hint="Set 'timeout' to EBBS_AND_FLOWS['SLICE_SECONDS'] and the longest task together,"
+            " and 'retry' above it.",
+            id="ebbs_and_flows.W005",
+        )
+        return
+    if retry <= timeout:
+        yield Warning(
+            f"Q_CLUSTER['retry'] is {retry} and its 'timeout' {timeout}, so a message that"
+            " is still being worked on is given to a second worker.",
+            hint="Set 'retry' above 'timeout'.",
+            id="ebbs_and_flows.W003",
+        )
+    if timeout <= slice_seconds:
+        yield Warning(
+            f"Q_CLUSTER['timeout'] is {timeout}, and a message keeps a worker busy for"
+            f" {slice_seconds} s, so django-q2 would end workers in the middle of a task.",
+            hint="Set 'timeout' well above EBBS_AND_FLOWS['SLICE_SECONDS'], by the longest"
+            " task at least.",
+            id="ebbs_and_flows.W004",
+        )
+
+
+def _check_broker(queue: Mapping[str, Any], using: str) -> Iterator[CheckMessage]:
+    if queue.get("sync"):
+        yield Warning(
+            "Q_CLUSTER['sync'] is set, so flows run within the process that schedules them, as"
+            " soon as its transaction commits.",
+            hint="Leave 'sync' out where a cluster runs.",
+            id="ebbs_and_flows.W006",
+        )
+    broker = queue.get("orm")
+    if not broker:
+        return
+    if broker != using:
+        yield Warning(
+            f"Q_CLUSTER['orm'] is {broker!r}, and flows are stored in {using!r}, so that a flow"
+            " and its message are not written in one transaction: a message that is lost between"
+            " delays its flow.",
+            hint=f"Set Q_CLUSTER['orm'] to {using!r}.",
+            id="ebbs_and_flows.W007",
+        )
+    if broker not in connections:
+        # django-q2 itself fails with it.
+        return
+    database = connections[broker]
+    keeps = database.settings_dict.get("CONN_MAX_AGE") != 0
+    pooled = database.settings_dict.get("OPTIONS", {}).get("pool")
+    if database.vendor != "sqlite" and not keeps and not pooled:
+        yield Warning(
+            f"The database {broker!r} has no CONN_MAX_AGE, so django-q2 opens a new connection"
+            " for each look at its queue and for each message.",
+            hint="Set CONN_MAX_AGE to 60, say, and CONN_HEALTH_CHECKS to True, or a connection"
+            " pool.",
+            id="ebbs_and_flows.W008",
+        )
+
+
+def _check_time_zone(queue: Mapping[str, Any]) -> Iterator[CheckMessage]:
+    zone = queue.get("time_zone", settings.TIME_ZONE)
+    if zone != settings.TIME_ZONE:
+        yield Warning(
+            f"Q_CLUSTER['time_zone'] is {zone!r} and TIME_ZONE {settings.TIME_ZONE!r}, so"
+            " recurring flows would be due by the one at first and by the other from then on.",
+            hint="Leave 'time_zone' out.",
+            id="ebbs_and_flows.W010",
+        )
+
+
 def fire_recurring(name: str, *, intended_at: str, declared: str = "") -> None:
     """Schedule what is due; what a recurring flow's message calls."""
     from ..runner import flow_runner
@@ -104,19 +205,52 @@ def fire_recurring(name: str, *, intended_at: str, declared: str = "") -> None:
 
 
 def run_due_flows() -> None:
-    """Run due flows until none is left or the slice is spent, then hand the rest on.
+    """Run due flows for a slice of time; what a message calls."""
+    run_slice(_stop_sign, _enqueue)
 
-    This is what a message calls. A failed flow is no failed message.
+
+def _enqueue() -> None:
+    # Acknowledged even if it fails: it is only a hint, and a pacemaker gives another.
+    async_task(ENTRY, save=False, ack_failure=True, group="ebbs_and_flows", broker=_broker())
+
+
+def _broker() -> Broker:
+    """Return this thread's broker: by itself, django-q2 opens a connection for each message."""
+    if getattr(_own, "process", None) != os.getpid():
+        _own.broker, _own.process = get_broker(), os.getpid()
+    broker: Broker = _own.broker
+    return broker
+
+
+class _StopSign:
+    """Whether this worker's cluster was told to stop.
+
+    django-q2 stops a cluster by an event that its workers do not get to see: they work off what
+    is queued first. But a cluster forks, and so its workers have the event all the same.
     """
-    from ..runner import flow_runner
 
-    ends_at = time.monotonic() + get_settings().SLICE_SECONDS
+    INTERVAL = 0.5
+    """Seconds between two looks. A process that is killed at one leaves the event locked."""
 
-    def spent() -> bool:
-        return time.monotonic() >= ends_at
+    def __init__(self) -> None:
+        self._event: Event | None = None
+        self._seen = False
+        self._next_look = 0.0
 
-    while flow_runner.run_next(stop=spent) is not None:
-        if spent():
-            if flow_runner.has_work():
-                DjangoQEngine._enqueue()
-            return
+    def __call__(self) -> bool:
+        if self._event is not None and not self._seen and time.monotonic() >= self._next_look:
+            self._next_look = time.monotonic() + self.INTERVAL
+            self._seen = self._event.is_set()
+        return self._seen
+
+    def find_event(self) -> None:
+        """Take the event of the cluster whose process has just been forked, if it is one."""
+        # It is the cluster that handles the signals; its first child, the sentinel, inherits that
+        # for a moment, and what is found here is inherited by the workers in turn.
+        cluster = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
+        if isinstance(cluster, Cluster):
+            self._event = cluster.stop_event
+
+
+_stop_sign = _StopSign()
+os.register_at_fork(after_in_child=_stop_sign.find_event)

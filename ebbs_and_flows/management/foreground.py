@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -41,8 +42,22 @@ def run_due(
     """Run what is due until nothing is, the limit is reached or a stop is requested.
 
     `take` and `give_back` count the flows of several processes against one limit. With `watch`,
-    it waits for a database that went away.
+    it waits for a database that went away, and shows meanwhile that it lives.
     """
+    from ..presence import Presence
+
+    with Presence() if choice.watch else nullcontext():
+        _run_due(choice, stop, report, on_task, take, give_back)
+
+
+def _run_due(
+    choice: Choice,
+    stop: StopRequest,
+    report: Report,
+    on_task: OnTask | None,
+    take: Callable[[], bool] | None,
+    give_back: Callable[[], None] | None,
+) -> None:
     from django.db import InterfaceError, OperationalError, connections
 
     from ..conf import get_settings

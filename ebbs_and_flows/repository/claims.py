@@ -13,7 +13,17 @@ from django.db.models import F, Q
 
 from ..models import MIN_PRIORITY, FlowExecution, FlowTemplateState
 from ..status import WAITING, FlowStatus
-from .database import ATTEMPT, BATCH, FLOW, STATE, TRANSITION, DatabaseNow, execute, now_sql
+from .database import (
+    ATTEMPT,
+    BATCH,
+    FLOW,
+    STATE,
+    TRANSITION,
+    DatabaseNow,
+    execute,
+    now_sql,
+    seconds_until_sql,
+)
 from .prepared import execute_prepared
 from .steps import (
     ClaimedRun,
@@ -40,6 +50,8 @@ class Due:
     unranked: bool
     # Some worker has given no sign of life for a whole lease.
     expired: bool
+    # Seconds until the moment of the next flow comes; None if none comes in the time asked for.
+    next_in: float | None = None
 
     def __bool__(self) -> bool:
         return self.ready or self.unranked or self.expired
@@ -50,10 +62,20 @@ class ClaimRepository(StepRepository):
 
     # What is due
 
-    def look(self, statuses: Sequence[FlowStatus], template_names: Iterable[str]) -> Due:
-        """Return what is to be done, by one query (one for each 500 templates)."""
+    def look(
+        self,
+        statuses: Sequence[FlowStatus],
+        template_names: Iterable[str],
+        *,
+        ahead: timedelta | None = None,
+    ) -> Due:
+        """Return what is to be done, and when next within `ahead`.
+
+        By one query (one for each 500 templates).
+        """
         names = sorted(template_names)
-        now, moment = now_sql(self.connection)
+        connection = self.connection
+        now, moment = now_sql(connection)
         # Each in the order of its index, and one status at a time: asked whether there is any,
         # databases prefer to scan for one.
         waiting = (
@@ -66,18 +88,31 @@ class ClaimRepository(StepRepository):
             f" ORDER BY status, ready_rank, run_at LIMIT 1)"
         )
         ready, parameters = self._best(statuses, names[:BATCH], 1)
-        parameters += [item for status in _texts(WAITING) for item in (status, *moment)]
-        with self.connection.cursor() as cursor:
-            execute_prepared(
-                cursor,
-                f"SELECT (SELECT id FROM ({ready}) AS r LIMIT 1), {waiting}, {waiting}, {lost}",
-                [*parameters, *moment],
+        for status in _texts(WAITING):
+            parameters += [status, *moment]
+        parameters += moment
+        asked = f"(SELECT id FROM ({ready}) AS r LIMIT 1), {waiting}, {waiting}, {lost}"
+        if ahead is not None:
+            end, end_moment = now_sql(connection, ahead)
+            asked += 2 * (
+                f", (SELECT {seconds_until_sql(connection, 'run_at')} FROM {FLOW}"
+                f" WHERE status = %s AND ready_rank IS NULL AND run_at > {now} AND run_at <= {end}"
+                f" ORDER BY status, ready_rank, run_at LIMIT 1)"
             )
-            first, *unranked = [item is not None for item in cursor.fetchone()]
+            for status in _texts(WAITING):
+                parameters += [*moment, status, *moment, *end_moment]
+        with connection.cursor() as cursor:
+            execute_prepared(cursor, f"SELECT {asked}", parameters)
+            found = list(cursor.fetchone())
             for start in range(BATCH, len(names), BATCH):
                 cursor.execute(*self._best(statuses, names[start : start + BATCH], 1))
-                first = first or cursor.fetchone() is not None
-        return Due(ready=first, unranked=any(unranked), expired=unranked[-1])
+                found[0] = found[0] or cursor.fetchone()
+        return Due(
+            ready=found[0] is not None,
+            unranked=any(item is not None for item in found[1:4]),
+            expired=found[3] is not None,
+            next_in=min((float(item) for item in found[4:] if item is not None), default=None),
+        )
 
     def _best(
         self, statuses: Sequence[FlowStatus], names: Sequence[str], limit: int

@@ -87,6 +87,16 @@ def is_contention(error: BaseException) -> bool:
     return bool(codes & _CONTENTION_CODES) or "is locked" in str(error)
 
 
+def seconds_until_sql(connection: Any, moment: str) -> str:
+    """Return the SQL of the seconds from now to a moment; its parameters are those of now."""
+    now, _ = now_sql(connection)
+    if connection.vendor == "sqlite":
+        return f"(julianday({moment}) - julianday({now})) * 86400"
+    if connection.vendor == "mysql":
+        return f"TIMESTAMPDIFF(MICROSECOND, {now}, {moment}) / 1000000"
+    return f"EXTRACT(EPOCH FROM {moment} - {now})"
+
+
 class Database:
     """The database that the project's routers choose for flows."""
 

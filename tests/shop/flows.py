@@ -7,7 +7,7 @@ import signal
 import time
 from pathlib import Path
 
-from ebbs_and_flows import ExecutionContext, FlowTemplate, flow_runner, task
+from ebbs_and_flows import ExecutionContext, FlowTemplate, Task, flow_runner, task
 
 
 def note(context: ExecutionContext, what: str) -> None:
@@ -55,6 +55,20 @@ def fail(context: ExecutionContext) -> ExecutionContext:
     raise ValueError("the card is bad")
 
 
+def pace(number: int) -> Task:
+    """One of many tasks that take a little while each."""
+
+    @task(name=f"pace-{number}")
+    def pace(context: ExecutionContext) -> ExecutionContext:
+        note(context, "start")
+        time.sleep(0.1)
+        return context
+
+    return pace
+
+
+flow_runner.register_flow_template(FlowTemplate("shop-paced", tasks=map(pace, range(5))))
+flow_runner.register_flow_template(FlowTemplate("shop-long", tasks=map(pace, range(40))))
 flow_runner.register_flow_template(FlowTemplate("shop-quick", tasks=[first, last]))
 flow_runner.register_flow_template(FlowTemplate("shop-waits", tasks=[first, wait_for_file, last]))
 flow_runner.register_flow_template(FlowTemplate("shop-killed", tasks=[first, kill_once, last]))

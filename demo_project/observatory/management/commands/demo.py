@@ -28,7 +28,7 @@ from demo_project.observatory.schedule import (
     PLANS,
     schedule,
 )
-from demo_project.observatory.site import HOST, BackgroundWorker, open_server
+from demo_project.observatory.site import HOST, cluster, open_server
 from demo_project.observatory.sources import SourceMissing, source_file
 from ebbs_and_flows import FlowStatus, TaskStatus, flow_runner
 from ebbs_and_flows.models import FlowExecution, TaskExecution
@@ -167,8 +167,8 @@ class Command(BaseCommand):
                 f' --reason "{MEND_REASON}"\n'
                 f"and continue the flow from the failed task:\n"
                 f"  python manage.py rerunflow {flow.pk}\n"
-                f"Or do both in the admin: add a correction, then reschedule the flow. The site's"
-                f" worker runs it.",
+                f"Or do both in the admin: add a correction, then reschedule the flow. The cluster"
+                f" that runs beside the site takes it up.",
                 soft_wrap=True,
             )
 
@@ -191,8 +191,8 @@ class Command(BaseCommand):
         self.console.print(f"All {len(flows)} flows have succeeded.")
 
     def _serve(self, server: ThreadedWSGIServer) -> None:
-        for stopping in (signal.SIGINT, signal.SIGTERM):
-            # Also where the shell that started this ignores Ctrl-C.
+        for stopping in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            # Also where the shell that started this ignores Ctrl-C, and when a terminal closes.
             signal.signal(stopping, signal.default_int_handler)
         address = f"http://{HOST}:{server.server_port}"
         self.console.print(
@@ -200,12 +200,8 @@ class Command(BaseCommand):
             f" {LOGIN}. The flows are at {address}/. Ctrl-C ends the demo.",
             soft_wrap=True,
         )
-        worker = BackgroundWorker()
-        worker.start()
-        try:
+        with cluster():
             server.serve_forever(poll_interval=0.1)
-        finally:
-            worker.stop()
 
     # What is shown while flows run
 

@@ -1,0 +1,1 @@
+"""The project that `bench.background` runs in the background."""

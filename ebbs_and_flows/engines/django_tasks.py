@@ -1,0 +1,89 @@
+"""Wakes the workers of `django.tasks`: of Django 6, or of the package `django-tasks` before it.
+
+Whatever backend is set as the default one runs the flows. A worker that is a command of its own,
+such as `db_worker`, is started by `manage.py withpacemaker`, as nothing tells when it starts.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Mapping
+from datetime import datetime
+
+from django.core.checks import CheckMessage, Warning  # noqa: A004
+from django.db import transaction
+from django.utils import timezone
+
+from ..exceptions import ImproperSetting
+from ..recurrence import Recurrence
+from .slices import run_slice
+
+try:
+    from django.tasks import task
+except ImportError:
+    try:
+        from django_tasks import task  # type: ignore[no-redef, unused-ignore]
+    except ImportError:
+        raise ImproperSetting(
+            "EBBS_AND_FLOWS['ENGINE'] is the one for django.tasks, which Django has from 6.0 on:"
+            " install it for this version with pip install 'ebbs-and-flows[django-tasks]'."
+        ) from None
+
+
+class DjangoTasksEngine:
+    """Enqueues one task of `django.tasks` for each dispatch."""
+
+    def __init__(self) -> None:
+        self._recurrences: Mapping[str, Recurrence] = {}
+        self._due: dict[str, datetime] = {}
+
+    def dispatch(self, using: str) -> None:
+        """Enqueue a wake-up on commit; a backend that is away delays the flow and no more."""
+        transaction.on_commit(run_due_flows.enqueue, using=using, robust=True)
+
+    def connect(self, on_worker_start: Callable[[], Callable[[], None]]) -> None:
+        """Leave it to `manage.py withpacemaker`: such workers do not tell when they start."""
+
+    def sync_recurring(self, recurrences: Mapping[str, Recurrence]) -> None:
+        """Remember when each is due next: such queues have no schedules.
+
+        So what falls due while no pacemaker lives is not caught up.
+        """
+        now = timezone.now()
+        self._recurrences = recurrences
+        self._due = {name: item.next_after(now) for name, item in recurrences.items()}
+
+    def fire_recurring(self) -> None:
+        """Schedule what is due; its key makes that one flow, however many pacemakers do so."""
+        from ..runner import flow_runner
+
+        now = timezone.now()
+        for name, moment in self._due.items():
+            if moment <= now:
+                flow_runner.fire_recurring(name, moment)
+                self._due[name] = self._recurrences[name].next_after(now)
+
+    def check(self, using: str) -> list[CheckMessage]:
+        """Warn of a backend that runs, or forgets, what it gets where it gets it."""
+        backend = type(run_due_flows.get_backend())
+        if backend.__name__ not in {"ImmediateBackend", "DummyBackend"}:
+            return []
+        return [
+            Warning(
+                f"The default backend of TASKS is {backend.__name__}, which wakes no worker.",
+                hint="Set another, such as 'django_tasks_db.DatabaseBackend'.",
+                id="ebbs_and_flows.W020",
+            )
+        ]
+
+
+@task
+def run_due_flows() -> None:
+    """Run due flows for a slice of time; what a message calls."""
+    run_slice(_is_stopping, run_due_flows.enqueue)
+
+
+def _is_stopping() -> bool:
+    # `db_worker` notes the signal on itself, and is found as the owner of the signal's handler.
+    worker = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
+    return getattr(worker, "running", True) is False

@@ -1,0 +1,97 @@
+"""The processes that run flows show that they live: a row each, which the admin lists."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+
+from django.db import connections, router
+
+from .models import WorkerProcess
+from .repository import DatabaseNow
+from .worker import worker_name
+
+logger = logging.getLogger("ebbs_and_flows")
+
+REFRESH_SECONDS = 10.0
+"""Between two signs of life."""
+KEPT = timedelta(days=1)
+"""For how long a process that was killed is remembered."""
+_LONGEST_LEAVE = 5.0
+"""Seconds that the end of a process is held up at most, by a database that does not answer."""
+
+
+class Presence(threading.Thread):
+    """A thread that keeps its process's row in the table of workers, from start to `stop()`.
+
+    What goes wrong is logged once, and tried again until it works.
+    """
+
+    what = "presence"
+
+    def __init__(self) -> None:
+        super().__init__(name=f"flow-{self.what}", daemon=True)
+        self._stopped = threading.Event()
+        self._failing = False
+        self._refresh_at = 0.0
+
+    def stop(self) -> None:
+        """Stop, and wait until the row is removed; a few seconds at most."""
+        self._stopped.set()
+        self.join(_LONGEST_LEAVE)
+
+    def __enter__(self) -> Presence:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def run(self) -> None:
+        """Beat until stopped."""
+        try:
+            while not self._stopped.wait(self._try(self.beat)):
+                pass
+            self._try(self._leave)
+        finally:
+            connections.close_all()
+
+    def beat(self) -> float:
+        """Do what is to be done now; return the seconds until the next beat."""
+        if time.monotonic() >= self._refresh_at:
+            self._show()
+            self._refresh_at = time.monotonic() + REFRESH_SECONDS
+        return self._refresh_at - time.monotonic()
+
+    def _try(self, action: Callable[[], float]) -> float:
+        try:
+            seconds = action()
+        except Exception:
+            if not self._failing:
+                logger.warning("The %s has failed; it tries on.", self.what, exc_info=True)
+            self._failing = True
+            connections.close_all()
+            return 1.0
+        if self._failing:
+            logger.warning("The %s works again.", self.what)
+        self._failing = False
+        return seconds
+
+    def _show(self) -> None:
+        using = router.db_for_write(WorkerProcess)
+        workers = WorkerProcess.objects.using(using)
+        seen = workers.filter(name=worker_name())
+        if not self._refresh_at:
+            # Of an earlier process that had this one's number.
+            seen.delete()
+        if not seen.update(seen_at=DatabaseNow()):
+            workers.create(name=worker_name(), started_at=DatabaseNow(), seen_at=DatabaseNow())
+        workers.filter(seen_at__lt=DatabaseNow(-KEPT)).delete()
+
+    def _leave(self) -> float:
+        using = router.db_for_write(WorkerProcess)
+        WorkerProcess.objects.using(using).filter(name=worker_name()).delete()
+        return 0.0
