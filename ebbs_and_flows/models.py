@@ -23,13 +23,17 @@ MIN_PRIORITY, MAX_PRIORITY = -100, 100
 NAME_LENGTH = 200
 
 
+# MariaDB's default collations ignore case, and PostgreSQL's keep LIKE and ranges from its indexes.
+_BY_CODE_POINTS = {"mysql": "utf8mb4_bin", "postgresql": "C"}
+
+
 class _ExactText:
-    """Compared by code points on every database: MariaDB's default collations ignore case."""
+    """Compared by code points on every database."""
 
     def db_parameters(self, connection: BaseDatabaseWrapper) -> Any:
         parameters: Any = super().db_parameters(connection)  # type: ignore[misc]
-        if connection.vendor == "mysql":
-            parameters["collation"] = "utf8mb4_bin"
+        if connection.vendor in _BY_CODE_POINTS:
+            parameters["collation"] = _BY_CODE_POINTS[connection.vendor]
         return parameters
 
 
@@ -144,8 +148,11 @@ class FlowExecution(models.Model):
             # What waits for its moment, and what workers hold. The lease is in no index, so that
             # renewing it, which every step does, touches none.
             models.Index("status", "ready_rank", "run_at", name="ebbs_flow_status"),
-            # The admin's list by template, and what is to be pruned.
+            # The admin's lists by template, by status and by both, newest first.
             models.Index("template_name", F("id").desc(), name="ebbs_flow_template"),
+            models.Index("status", F("id").desc(), name="ebbs_flow_newest"),
+            models.Index("template_name", "status", F("id").desc(), name="ebbs_flow_list"),
+            # What is to be pruned, and how the last day went.
             models.Index("status", "finished_at", name="ebbs_flow_finished"),
             models.Index("key", name="ebbs_flow_key"),
         ]
