@@ -395,45 +395,30 @@ class Migration(migrations.Migration):
                 "verbose_name": "worker",
                 "verbose_name_plural": "workers",
                 "default_permissions": ("view",),
-                "indexes": [models.Index(models.F("seen_at"), name="ebbs_worker_seen")],
+                "indexes": [models.Index(fields=["seen_at"], name="ebbs_worker_seen")],
             },
         ),
         migrations.AddIndex(
             model_name="flowexecution",
             index=models.Index(
-                models.F("template_name"),
-                models.F("ready_rank"),
-                models.F("run_at"),
-                models.F("id"),
-                name="ebbs_flow_ready",
+                fields=["template_name", "ready_rank", "run_at", "id"], name="ebbs_flow_ready"
             ),
         ),
         migrations.AddIndex(
             model_name="flowexecution",
-            index=models.Index(
-                models.F("status"),
-                models.F("ready_rank"),
-                models.F("run_at"),
-                name="ebbs_flow_status",
-            ),
+            index=models.Index(fields=["status", "ready_rank", "run_at"], name="ebbs_flow_status"),
         ),
         migrations.AddIndex(
             model_name="flowexecution",
-            index=models.Index(
-                models.F("template_name"),
-                models.OrderBy(models.F("id"), descending=True),
-                name="ebbs_flow_template",
-            ),
+            index=models.Index(fields=["template_name", "-id"], name="ebbs_flow_template"),
         ),
         migrations.AddIndex(
             model_name="flowexecution",
-            index=models.Index(
-                models.F("status"), models.F("finished_at"), name="ebbs_flow_finished"
-            ),
+            index=models.Index(fields=["status", "finished_at"], name="ebbs_flow_finished"),
         ),
         migrations.AddIndex(
             model_name="flowexecution",
-            index=models.Index(models.F("key"), name="ebbs_flow_key"),
+            index=models.Index(fields=["key"], name="ebbs_flow_key"),
         ),
         migrations.AddConstraint(
             model_name="flowexecution",
