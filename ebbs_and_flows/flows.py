@@ -44,7 +44,7 @@ def _is_number(value: object) -> bool:
 
 
 def _exception_types(field: str, types: Any) -> tuple[type[BaseException], ...]:
-    listed = (types,) if isinstance(types, type) else tuple(types)
+    listed = (types,) if not isinstance(types, Iterable) else tuple(types)
     for item in listed:
         if not (isinstance(item, type) and issubclass(item, BaseException)):
             raise InvalidFlowTemplate(
@@ -85,6 +85,9 @@ class Retry:
                 raise InvalidFlowTemplate(
                     f"Retry({field}={value!r}): give a number from {least} to {MAX_DELAY_SECONDS}."
                 )
+        jitter: object = self.jitter
+        if not isinstance(jitter, bool):
+            raise InvalidFlowTemplate(f"Retry(jitter={jitter!r}): give True or False.")
         object.__setattr__(self, "on", _exception_types("on", self.on))
         object.__setattr__(self, "never_on", _exception_types("never_on", self.never_on))
 
@@ -226,6 +229,10 @@ class FlowTemplate:
                 f"Template {name!r} has deadline = {deadline!r}: give seconds above 0 and at most"
                 f" {MAX_DELAY_SECONDS}, or None."
             )
+        if not isinstance(tasks, Iterable):
+            raise InvalidFlowTemplate(
+                f"Template {name!r} has tasks = {tasks!r}: give a list of Task instances."
+            )
         self.parameters = parameters
         self.max_running = max_running
         self.deadline = deadline
@@ -242,11 +249,12 @@ class FlowTemplate:
     def clean(self, context: Mapping[str, Any] | None) -> Mapping[str, Any]:
         """Return what a flow is to be scheduled with, validated and cleaned by `parameters`.
 
-        Without `parameters` it is returned as it is. Raises `InvalidParameters`.
+        Without `parameters` it is returned as it is. Raises `InvalidParameters`, and what an
+        `ExecutionContext` of it raises.
         """
         if self.parameters is None:
             return {} if context is None else context
-        given = dict(context or {})
+        given = dict(ExecutionContext(context))
         form = self.parameters(data=given)
         unknown = [name for name in given if name not in form.fields]
         if unknown:

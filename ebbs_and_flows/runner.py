@@ -23,7 +23,7 @@ from .repository import ClaimedRun, Due
 from .service import FlowOrPk, FlowService
 from .status import FlowStatus
 from .steps import CLAIMABLE
-from .validation import check_priority
+from .validation import check_list, check_priority
 from .worker import OnTask, Worker, worker_name
 
 logger = logging.getLogger("ebbs_and_flows")
@@ -219,8 +219,8 @@ class FlowRunner:
         template = self.get_flow_template(name)
         return self._schedule_all(
             template,
-            [template.clean(context) for context in contexts],
-            None if keys is None else list(keys),
+            [template.clean(context) for context in check_list("contexts", contexts)],
+            None if keys is None else check_list("keys", keys),
             {"run_at": run_at, "priority": priority, "actor": actor},
         )
 
@@ -235,7 +235,7 @@ class FlowRunner:
         flows, new = self.service.create_flow_executions(
             template, contexts, keys=keys, status=FlowStatus.SCHEDULED, **options
         )
-        for flow in flows[: min(new, MOST_WAKE_UPS)]:
+        for flow in new[:MOST_WAKE_UPS]:
             self._dispatch(flow)
         return flows
 

@@ -23,7 +23,7 @@ from .repository import DatabaseNow
 from .signals import announce_status, announce_task
 from .status import ALLOWED_TRANSITIONS, FINISHED, WAITING, FlowStatus, TaskStatus
 from .steps import CLAIMABLE, StepService, transition
-from .validation import check_priority, check_run_at, check_text, storable_text
+from .validation import check_priority, check_reason, check_run_at, check_text, storable_text
 
 FlowOrPk = FlowExecution | int
 
@@ -164,12 +164,12 @@ class FlowService(StepService):
         *,
         keys: Iterable[str | None] | None = None,
         **options: Any,
-    ) -> tuple[list[FlowExecution], int]:
+    ) -> tuple[list[FlowExecution], list[FlowExecution]]:
         """Store a run of a template for each context, in a few statements.
 
-        Returns the flows in the order of the contexts, and how many of them are new: one whose key
-        is there already is the first flow with that key. Takes the options, and raises the errors,
-        of `NewFlow`; nothing is stored when one is raised.
+        Returns the flows in the order of the contexts, and those of them that are new: one whose
+        key is there already is the first flow with that key. Takes the options, and raises the
+        errors, of `NewFlow`; nothing is stored when one is raised.
         """
         listed = list(contexts)
         keyed = [None] * len(listed) if keys is None else list(keys)
@@ -200,7 +200,7 @@ class FlowService(StepService):
                     raise
         known |= {draft.flow.key: draft.flow for draft in new.values() if draft.flow.key}
         flows = [known[draft.flow.key] if draft.flow.key else draft.flow for draft in drafts]
-        return flows, len(new)
+        return flows, [draft.flow for draft in new.values()]
 
     def _insert(self, new: Sequence[NewFlow]) -> None:
         """Store new flows and all that comes with them, in the caller's transaction."""
@@ -272,8 +272,13 @@ class FlowService(StepService):
     ) -> FlowExecution:
         """Change a flow's status and record the transition; `values` are further columns.
 
-        Raises `IllegalTransition`, `FlowExecutionNotFound`.
+        Raises `IllegalTransition`, `FlowExecutionNotFound`, `InvalidArgument`.
         """
+        if to_status not in list(FlowStatus):
+            raise InvalidArgument(
+                f"The status is {to_status!r}: give one of {', '.join(FlowStatus.values)}."
+            )
+        actor, reason = check_text("actor", actor), check_reason(reason)
         with self.repository.atomic():
             current = self._locked(flow)
             self._change(current, FlowStatus(to_status), actor=actor, reason=reason, **values)
@@ -323,6 +328,7 @@ class FlowService(StepService):
         The flow's deadline is lifted: whoever reschedules it wants it to go on.
         """
         run_at, actor = check_run_at(run_at), check_text("actor", actor)
+        reason = check_reason(reason)
         values: dict[str, Any] = {} if priority is None else {"priority": check_priority(priority)}
         with self.repository.atomic():
             current = self._locked(flow)
@@ -398,7 +404,7 @@ class FlowService(StepService):
 
     def cancel(self, flow: FlowOrPk, *, actor: str = "", reason: str = "") -> FlowExecution:
         """Cancel at once when no worker holds the flow, else after the task in progress."""
-        actor = check_text("actor", actor)
+        actor, reason = check_text("actor", actor), check_reason(reason)
         with self.repository.atomic():
             current = self._locked(flow)
             check_transition(current, FlowStatus.CANCELLED)

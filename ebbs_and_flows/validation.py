@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import reprlib
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from typing import Any
 
@@ -22,6 +24,20 @@ def check_text(what: str, value: Any) -> str:
     if not value.isprintable():
         raise InvalidArgument(f"The {what} is {value!r}: give printable characters only.")
     return value
+
+
+def check_reason(reason: Any) -> str:
+    """Return a reason, of any length, that every database can store; raises `InvalidArgument`."""
+    if not isinstance(reason, str):
+        raise InvalidArgument(f"The reason is {reason!r}: give a text.")
+    return storable_text(reason)
+
+
+def check_list(what: str, items: Any) -> list[Any]:
+    """Return several of something as a list; raises `InvalidArgument`."""
+    if not isinstance(items, Iterable) or isinstance(items, (str, bytes, Mapping)):
+        raise InvalidArgument(f"The {what} are {reprlib.repr(items)}: give a list of them.")
+    return list(items)
 
 
 def check_key(key: Any) -> str | None:

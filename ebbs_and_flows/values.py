@@ -14,7 +14,7 @@ import json
 import math
 import re
 from collections.abc import Callable
-from datetime import date, datetime, time, timedelta
+from datetime import date, datetime, time, timedelta, timezone
 from decimal import Decimal
 from enum import Enum, Flag
 from itertools import pairwise
@@ -46,6 +46,8 @@ _TAG: Final = "$type"
 # Two surrogates that JSON would join into one character.
 _SURROGATE_PAIR: Final = re.compile("[\ud800-\udbff][\udc00-\udfff]")
 _ZONE_KEY: Final = re.compile(r"[A-Za-z0-9_+-]+(/[A-Za-z0-9_+-]+)*")
+# Python's `fromisoformat` takes these for UTC.
+_OFFSET_BELOW_A_SECOND: Final = re.compile(r"([+-])00:00:00(\.\d{6})")
 _MALFORMED: Final = (
     ArithmeticError,
     AttributeError,
@@ -470,8 +472,19 @@ def _zone(node: dict[str, Any]) -> ZoneInfo | None:
     )
 
 
+def _offset(value: datetime | time, text: str) -> Any:
+    """Return the time zone of a value that was read from a text."""
+    found = _OFFSET_BELOW_A_SECOND.search(text)
+    return (
+        value.tzinfo
+        if found is None
+        else timezone(timedelta(seconds=float("".join(found.groups()))))
+    )
+
+
 def _datetime_from_node(node: dict[str, Any]) -> datetime:
     value = datetime.fromisoformat(_text(node))
+    value = value.replace(tzinfo=_offset(value, _text(node)))
     zone, fold = _zone(node), node.get("fold", 0)
     if zone is None:
         return value.replace(fold=fold)
@@ -482,7 +495,9 @@ def _datetime_from_node(node: dict[str, Any]) -> datetime:
 
 def _time_from_node(node: dict[str, Any]) -> time:
     value = time.fromisoformat(_text(node))
-    return value.replace(tzinfo=_zone(node) or value.tzinfo, fold=node.get("fold", 0))
+    return value.replace(
+        tzinfo=_zone(node) or _offset(value, _text(node)), fold=node.get("fold", 0)
+    )
 
 
 def _timedelta_from_node(node: dict[str, Any]) -> timedelta:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from django.forms import Form
 
 from ebbs_and_flows import (
     DuplicateFlowTemplate,
@@ -100,6 +101,26 @@ def test_names_are_unique_within_a_template() -> None:
         template.add_task(mark_paid)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tasks": 5},
+        {"parameters": int},
+        {"parameters": Form()},
+        {"max_running": 0},
+        {"max_running": True},
+        {"max_running": "3"},
+        {"deadline": 0},
+        {"deadline": float("nan")},
+        {"deadline": "1h"},
+        {"cron": "every day"},
+    ],
+)
+def test_a_template_with_options_that_cannot_work_is_refused(options: dict[str, object]) -> None:
+    with pytest.raises(InvalidFlowTemplate, match=next(iter(options))):
+        FlowTemplate("t", **options)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("name", ["", "  ", " x", "x ", "a\nb", "a\x00b", "x" * 201, None, 7])
 def test_a_name_is_a_printable_text_of_up_to_200_characters(name: object) -> None:
     with pytest.raises(InvalidFlowTemplate, match="cannot name a flow template"):
@@ -121,6 +142,9 @@ def test_a_name_is_a_printable_text_of_up_to_200_characters(name: object) -> Non
         {"max_delay": 1e300},
         {"on": ("ConnectionError",)},
         {"never_on": (int,)},
+        {"on": 5},
+        {"on": (5,)},
+        {"jitter": "yes"},
     ],
 )
 def test_a_retry_rule_that_cannot_work_is_refused(options: dict[str, object]) -> None:

@@ -35,7 +35,12 @@ from ebbs_and_flows import (
     UnstorableValue,
     task,
 )
-from ebbs_and_flows.models import ExecutionContextEntry, FlowExecution, FlowTransition
+from ebbs_and_flows.models import (
+    ExecutionContextEntry,
+    FlowExecution,
+    FlowTemplateState,
+    FlowTransition,
+)
 from tests.shop.models import Order
 
 pytestmark = pytest.mark.django_db
@@ -740,6 +745,59 @@ def test_a_reschedule_takes_a_time_and_a_priority(runner: FlowRunner) -> None:
     assert abs(rescheduled.run_at - tomorrow) < timedelta(milliseconds=1)
     assert rescheduled.finished_at is None
     assert runner.re_run_flow() is None
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (
+            lambda runner, flow: runner.reschedule_flow_execution(flow, reason=None),
+            "reason is None",
+        ),
+        (lambda runner, flow: runner.reschedule_flow_execution(flow, reason=5), "reason is 5"),
+        (lambda runner, flow: runner.reschedule_flow_execution(flow, actor=None), "actor is None"),
+        (lambda runner, flow: runner.cancel_flow_execution(flow, reason=5), "reason is 5"),
+        (lambda runner, flow: runner.cancel_flow_execution(flow, actor="a\x00"), "printable"),
+        (lambda runner, flow: runner.complete_failed_task(flow, [1], reason="x"), "mapping"),
+        (lambda runner, flow: runner.complete_failed_task(flow, reason=5), "reason is 5"),
+        (lambda runner, flow: runner.fork_flow_execution(flow, from_task=1.5), "1.5"),
+        (lambda runner, flow: runner.fork_flow_execution(flow, from_task=-1), "-1"),
+        (lambda runner, flow: runner.fork_flow_execution(flow, changes=[1]), "mapping"),
+        (lambda runner, flow: runner.fork_flow_execution(flow, changes={1: 1}), "not a int: 1"),
+        (lambda runner, flow: runner.fork_flow_execution(flow, priority=101), "101"),
+        (lambda runner, flow: runner.service.update_flow_status(flow, "LOST"), "'LOST'"),
+        (
+            lambda runner, flow: runner.service.update_flow_status(flow, "CANCELLED", actor=None),
+            "actor is None",
+        ),
+        (lambda runner, flow: runner.pause_flow_template("billing", actor=5), "actor is 5"),
+        (lambda runner, flow: runner.pause_flow_template("bilingual"), "'bilingual'"),
+        (lambda runner, flow: runner.resume_flow_template(None), "None"),
+    ],
+)
+def test_a_bad_change_is_one_sentence_and_changes_nothing(
+    runner: FlowRunner, change: Callable[..., Any], says: str
+) -> None:
+    flow_of(runner, Script("only", ValueError("no")))
+    flow = runner.run_flow_execution(runner.schedule_flow("billing"))
+    models = (FlowExecution, FlowTransition, ExecutionContextEntry, FlowTemplateState, OrmQ)
+    before = [list(model.objects.order_by("pk").values()) for model in models]
+    with pytest.raises(EbbsAndFlowsError, match=says) as caught:
+        change(runner, flow)
+    assert "\n" not in str(caught.value)
+    assert [list(model.objects.order_by("pk").values()) for model in models] == before
+
+
+def test_a_reason_may_hold_what_no_database_does(runner: FlowRunner) -> None:
+    flow_of(runner, Script("only", ValueError("no"), ValueError("no")))
+    flow = runner.run_flow_execution(runner.schedule_flow("billing"))
+    reason = "a\x00b \ud800 " + "long " * 100
+    runner.reschedule_flow_execution(flow, reason=reason)
+    runner.re_run_flow()
+    runner.cancel_flow_execution(flow, reason=reason)
+    rows = FlowTransition.objects.filter(flow_execution=flow, reason__contains="long long")
+    assert [str(row.to_status) for row in rows.order_by("pk")] == ["RESCHEDULED", "CANCELLED"]
+    assert rows[0].reason.startswith("a\\x00b \\ud800 long")
 
 
 # Templates that change

@@ -204,6 +204,11 @@ def test_a_value_comes_back_equal_and_of_the_same_type(value: Any) -> None:
         datetime(2026, 10, 25, 2, 30, fold=1, tzinfo=ZoneInfo("Europe/Vienna")),
         datetime(2026, 3, 29, 2, 30, tzinfo=ZoneInfo("Europe/Vienna")),
         datetime(2026, 1, 1, tzinfo=timezone(timedelta(hours=-3, minutes=-30))),
+        *(
+            moment.replace(tzinfo=timezone(timedelta(microseconds=offset)))
+            for offset in (1, -1, 999_999, -60_000_001)
+            for moment in (datetime(2026, 1, 1), time(0, 0, 0, 1))
+        ),
         datetime.min,
         datetime.max.replace(tzinfo=UTC),
         time(1, 2, 3, 4, tzinfo=ZoneInfo("Europe/Vienna")),
