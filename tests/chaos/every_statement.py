@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 import time
@@ -10,17 +11,18 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 from django.db import InterfaceError, OperationalError, connection
 from django.utils import timezone
 
 from ebbs_and_flows import FlowStatus, FlowTemplate, Task, flow_runner
-from ebbs_and_flows.models import FlowExecution
+from ebbs_and_flows.models import FlowExecution, TaskExecution
 
 from . import evidence, faults, flows
 
-ENDED, WENT_ON, STOPPED = 0, 4, 5
+MISSED, WENT_ON, STOPPED = 0, 4, 5
 """How a process ended: no fault came, it did its work all the same, it gave up for an error."""
 
 
@@ -53,6 +55,13 @@ def complete_by_hand(case: str) -> None:
         flow_runner.complete_failed_task(flow, reason="Paid in cash.")
 
 
+def expire(case: str) -> None:
+    """Have the lease expire without waiting for it."""
+    FlowExecution.objects.filter(template_name=case, lease_expires_at__isnull=False).update(
+        lease_expires_at=timezone.now() - timedelta(hours=1)
+    )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scenario:
     """Something that is done to a flow, and what has become of it when all is over."""
@@ -75,7 +84,7 @@ SCENARIOS = {
     ),
     "recovery": Scenario(
         tasks=[flows.kill_worker_once, flows.last],
-        before=(schedule, run, lambda case: expire(case)),
+        before=(schedule, run, expire),
     ),
     "scheduling": Scenario(tasks=[flows.first], act=schedule, before=()),
     "rescheduling": Scenario(**_FAILED, act=reschedule, before=(schedule, run)),
@@ -84,14 +93,6 @@ SCENARIOS = {
         ends=(FlowStatus.SUCCEEDED, FlowStatus.FAILED),
     ),
 }  # fmt: skip
-
-
-def expire(case: str | None = None) -> int:
-    """Have leases expire without waiting for it; return how many."""
-    held = FlowExecution.objects.filter(lease_expires_at__isnull=False)
-    if case is not None:
-        held = held.filter(template_name=case)
-    return held.update(lease_expires_at=timezone.now() - timedelta(hours=1))
 
 
 @dataclass(slots=True)
@@ -109,6 +110,7 @@ class Count:
 def main(name: str) -> int:
     """Try all of it on the database that is set up; print the figures, return the exit code."""
     started, count = time.monotonic(), Count()
+    logging.getLogger("ebbs_and_flows").setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder, "log")
         os.environ[evidence.LOG] = str(log)
@@ -125,7 +127,7 @@ def main(name: str) -> int:
             f"  {harm}: {number} times; {count.went_on[harm]} processes went on by themselves,"
             f" {count.stopped[harm]} stopped with the database's error"
         )
-    print(f"  {count.taken_back} flows were taken back from workers that were lost")
+    print(f"  {count.taken_back} attempts were taken back from workers that were lost")
     print(f"  {verdict}")
     for problem in verdict.problems:
         print(f"    {problem}")
@@ -135,34 +137,56 @@ def main(name: str) -> int:
 def _burn(name: str, count: Count) -> dict[str, Scenario]:
     """Try one scenario with each harm at each statement; return it for each case."""
     scenario, cases = SCENARIOS[name], {}
-    for harm in faults.HARMS[connection.vendor]:
-        for after in (False, True) if harm in faults.AFTER else (False,):
-            number, code = 0, WENT_ON
-            while code != ENDED:
-                number += 1
-                case = f"{name}: {harm.__name__} {'after' if after else 'before'} {number}"
-                flow_runner.register_flow_template(FlowTemplate(case, tasks=scenario.tasks))
-                cases[case] = scenario
-                for act in scenario.before:
-                    _in_a_process(lambda act=act, case=case: act(case))
-                code = _in_a_process(lambda case=case: _try(case, scenario, number, after, harm))
-                count.went_on[harm.__name__] += code == WENT_ON
-                count.stopped[harm.__name__] += code == STOPPED
-                count.faults[harm.__name__] += code != ENDED
-                if code not in {ENDED, WENT_ON, STOPPED, faults.DIED}:
-                    count.crashed.append(f"{case}: the process ended with {code}.")
-            count.statements[name] = number - 1
+
+    def prepare(case: str) -> str:
+        flow_runner.register_flow_template(FlowTemplate(case, tasks=scenario.tasks))
+        cases[case] = scenario
+        for act in scenario.before:
+            _in_a_process(partial(act, case))
+        return case
+
+    boundaries = _count(prepare(f"{name}, unharmed"), scenario)
+    count.statements[name] = len(boundaries)
+    for harm, number, after in faults.moments(connection.vendor, boundaries):
+        what = harm.__name__
+        case = prepare(f"{name}, {what} {'after' if after else 'before'} {number}")
+        code = _in_a_process(partial(_try, case, harm, number, after))
+        count.faults[what] += 1
+        count.went_on[what] += code == WENT_ON
+        count.stopped[what] += code == STOPPED
+        if code not in {WENT_ON, STOPPED, faults.DIED}:
+            count.crashed.append(f"{case}: the process ended with {code}.")
     return cases
 
 
-def _try(case: str, scenario: Scenario, number: int, after: bool, harm: faults.Harm) -> int:
-    connection.ensure_connection()
-    fault = faults.Fault(connection, number, after=after, harm=harm)
-    try:
+def _count(case: str, scenario: Scenario) -> list[bool]:
+    """Do it without a fault; return of each statement whether what it did was committed then."""
+    read, write = os.pipe()
+
+    def act() -> None:
+        connection.ensure_connection()
+        fault = faults.Fault(connection)
         scenario.act(case)
+        os.write(write, bytes(fault.boundaries))
+
+    _in_a_process(act)
+    os.close(write)
+    with os.fdopen(read, "rb") as pipe:
+        return [bool(item) for item in pipe.read()]
+
+
+def _try(case: str, harm: faults.Harm, number: int, after: bool) -> int:
+    connection.ensure_connection()
+    fault = faults.Fault(connection, harm, number, after=after)
+    try:
+        case_of(case).act(case)
     except (OperationalError, InterfaceError):
         return STOPPED
-    return WENT_ON if fault.done else ENDED
+    return WENT_ON if fault.done else MISSED
+
+
+def case_of(case: str) -> Scenario:
+    return SCENARIOS[case.split(",", maxsplit=1)[0]]
 
 
 def _in_a_process(act: Callable[[], int | None]) -> int:
@@ -173,7 +197,7 @@ def _in_a_process(act: Callable[[], int | None]) -> int:
     code = 1
     try:
         code = act() or 0
-    except BaseException:
+    except BaseException:  # noqa: BLE001 - nothing of the parent's is to run in the child
         traceback.print_exc()
     finally:
         os._exit(code)
@@ -184,15 +208,12 @@ def _finish(cases: dict[str, Scenario], count: Count) -> dict[int, tuple[FlowSta
     for case, scenario in cases.items():
         if scenario.act is schedule:
             # Whoever got no answer asks again, with the same key.
-            flow_runner.schedule_flow(case, key=case)
-    count.taken_back = expire()
-    run_all()
-    return {
-        pk: cases[template].ends
-        for pk, template in FlowExecution.objects.values_list("pk", "template_name")
-    }
-
-
-def run_all() -> None:
-    while flow_runner.run_next() is not None:
-        pass
+            schedule(case)
+    for case in cases:
+        expire(case)
+        run(case)
+    count.taken_back = TaskExecution.objects.filter(error_type="TaskInterrupted").count()
+    found = dict(FlowExecution.objects.values_list("pk", "template_name"))
+    for case in cases.keys() - set(found.values()):
+        count.crashed.append(f"{case}: the flow was lost.")
+    return {pk: cases[case].ends for pk, case in found.items()}

@@ -166,14 +166,10 @@ class Court:
             wanted = " or ".join(sorted(self._expected[flow_id]))
             self._verdict.lost.append(f"Flow {flow_id} is {status}, not {wanted}.")
 
-    def _judge_lines(
-        self, flow_id: int, lines: list[Line], attempts: list[TaskExecution]
-    ) -> None:
+    def _judge_lines(self, flow_id: int, lines: list[Line], attempts: list[TaskExecution]) -> None:
         verdict = self._verdict
         stored = {(row.task_name, row.attempt): row for row in attempts}
-        taken_over = {
-            at for at, row in stored.items() if row.error_type == "TaskInterrupted"
-        }
+        taken_over = {at for at, row in stored.items() if row.error_type == "TaskInterrupted"}
         verdict.attempts += len(stored)
         verdict.interrupted += len(taken_over)
         started: set[tuple[str, int]] = set()
@@ -200,7 +196,7 @@ class Court:
         for at, row in stored.items():
             if ran_to_its_end(row) and (at not in started or at in in_progress):
                 verdict.lost.append(
-                    f"Stored as done, and not seen to be: flow {flow_id}, {at[0]}, attempt {at[1]}."
+                    f"Stored as done, not seen to be: flow {flow_id}, {at[0]}, attempt {at[1]}."
                 )
 
     def _judge_effects(
@@ -210,9 +206,7 @@ class Court:
         entries: Mapping[str, str],
         orders: list[int],
     ) -> None:
-        succeeded = {
-            row.task_name: row.attempt for row in attempts if ran_to_its_end(row)
-        }
+        succeeded = {row.task_name: row.attempt for row in attempts if ran_to_its_end(row)}
         written = {name: json.loads(value) for name, value in entries.items()}
         if written != succeeded:
             self._verdict.unsound.append(
@@ -227,5 +221,3 @@ class Court:
             self._verdict.lost.append(
                 f"Flow {flow_id} wrote orders in the attempts {orders}, and {booked} succeeded."
             )
-
-

@@ -10,6 +10,11 @@ from typing import Any
 
 from django.db.backends.base.base import BaseDatabaseWrapper
 
+try:
+    from pymysql.constants import SERVER_STATUS
+except ImportError:
+    SERVER_STATUS = None
+
 DIED = 99
 """The exit code of a process that the fault has ended."""
 
@@ -17,14 +22,21 @@ DIED = 99
 class Fault:
     """Does its harm before or after the n-th statement of a connection, commits included.
 
-    It is installed in the process that is tried. `seen` counts the statements, `done` says
-    whether the harm was done.
+    Or at the first one from there that it can be done at.
+
+    It is installed in the process that is tried. `boundaries` says of each statement made so far
+    whether what it did was then committed, `done` whether the harm was done.
     """
 
     def __init__(
-        self, connection: BaseDatabaseWrapper, number: int, *, after: bool, harm: Harm
+        self,
+        connection: BaseDatabaseWrapper,
+        harm: Harm | None = None,
+        number: int = 0,
+        *,
+        after: bool = False,
     ) -> None:
-        self.seen = 0
+        self.boundaries: list[bool] = []
         self.done = False
         self._connection = connection
         self._number = number
@@ -39,19 +51,37 @@ class Fault:
         return self._at(lambda: execute(sql, params, many, context))
 
     def _at(self, act: Callable[[], Any]) -> Any:
-        self.seen += 1
-        if self.seen != self._number:
-            return act()
-        self.done = True
-        if not self._after:
-            self._harm(self._connection)
-            return act()
+        strikes = not self.done and 0 < self._number <= len(self.boundaries) + 1
+        if strikes and not self._after and self._can_strike():
+            self._strike()
         result = act()
-        self._harm(self._connection)
-        # The process lives, and is told that something went wrong with what was done.
-        with self._connection.wrap_database_errors, self._connection.connection.cursor() as cursor:
-            cursor.execute("SELECT 1")
+        self.boundaries.append(not in_transaction(self._connection))
+        if strikes and self._after and self.boundaries[-1]:
+            self._strike()
+            # The process lives, and is told that something went wrong with what was done.
+            raw = self._connection.connection
+            with self._connection.wrap_database_errors, raw.cursor() as cursor:
+                cursor.execute("SELECT 1")
         return result
+
+    def _can_strike(self) -> bool:
+        # Two runs are not the same to the statement: time passes.
+        return self._harm is not lock or not in_transaction(self._connection)
+
+    def _strike(self) -> None:
+        self.done = True
+        assert self._harm is not None
+        self._harm(self._connection)
+
+
+def in_transaction(connection: BaseDatabaseWrapper) -> bool:
+    """Return whether a transaction is open, by what the driver knows."""
+    raw: Any = connection.connection
+    if connection.vendor == "postgresql":
+        return bool(raw.info.transaction_status != raw.info.transaction_status.IDLE)
+    if connection.vendor == "mysql":
+        return bool(raw.server_status & SERVER_STATUS.SERVER_STATUS_IN_TRANS)
+    return bool(raw.in_transaction)
 
 
 Harm = Callable[[BaseDatabaseWrapper], None]
@@ -88,8 +118,6 @@ def conflict(connection: BaseDatabaseWrapper) -> None:
 def lock(connection: BaseDatabaseWrapper) -> None:
     """Have another connection write just now, and this one lose its patience with it."""
     raw: Any = connection.connection
-    if raw.in_transaction:
-        return
     other = sqlite3.connect(str(connection.settings_dict["NAME"]), isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
     patience = raw.execute("PRAGMA busy_timeout").fetchone()[0]
@@ -102,12 +130,20 @@ def lock(connection: BaseDatabaseWrapper) -> None:
         raw.execute(f"PRAGMA busy_timeout = {patience}")
 
 
-AFTER = (die, drop)
-"""What can happen when a statement was executed: what undoes it cannot."""
+def moments(vendor: str, boundaries: list[bool]) -> list[tuple[Harm, int, bool]]:
+    """Return what can happen at which statement, and whether after it, to a run of these.
 
-HARMS: dict[str, tuple[Harm, ...]] = {
-    "sqlite": (die, lock),
-    "postgresql": (die, drop, conflict),
-    "mysql": (die, drop, conflict),
-}
-"""What can happen, by the vendor of the database."""
+    After a statement within a transaction is before the next one, but for a few lines of Python;
+    when it was committed, what follows may be anything, or nothing. SQLite locks at the beginning
+    of a transaction, so what follows a boundary is what can be locked.
+    """
+    found: list[tuple[Harm, int, bool]] = []
+    wire = (die, lock) if vendor == "sqlite" else (die, drop, conflict)
+    for number, committed in enumerate(boundaries, start=1):
+        outside = number == 1 or boundaries[number - 2]
+        for harm in wire:
+            if harm is not lock or outside:
+                found.append((harm, number, False))
+            if harm in (die, drop) and committed:
+                found.append((harm, number, True))
+    return found
