@@ -74,6 +74,7 @@ class Team:
                 "FAKETIME": random.choice(("+120s", "-120s")),
                 # What waits does so by this clock, and waits as long as it says.
                 "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+                "PYTHONPATH": f"{ROOT}{os.pathsep}{Path(__file__).parent / 'skewed'}",
             }
         self.process = subprocess.Popen(
             [sys.executable, "-m", "django", *self.command],

@@ -30,19 +30,16 @@ class Line:
     task: str
     attempt: int
     process: int
-    # Of the one clock of all processes of this machine that nobody can put forward.
-    monotonic: float
+    # By the clock of the process, which may be off.
+    at: float
 
     @classmethod
     def read(cls, text: str) -> Line:
-        event, flow, task, attempt, process, monotonic = text.split()
-        return cls(event, int(flow), task, int(attempt), int(process), float(monotonic))
+        event, flow, task, attempt, process, at = text.split()
+        return cls(event, int(flow), task, int(attempt), int(process), float(at))
 
     def __str__(self) -> str:
-        return (
-            f"{self.event} {self.flow} {self.task} {self.attempt} {self.process}"
-            f" {self.monotonic:.6f}"
-        )
+        return f"{self.event} {self.flow} {self.task} {self.attempt} {self.process} {self.at:.6f}"
 
 
 def note(event: str, context: ExecutionContext) -> None:
@@ -54,7 +51,7 @@ def note(event: str, context: ExecutionContext) -> None:
         context.task_name,
         context.attempt,
         os.getpid(),
-        time.monotonic(),
+        time.time(),
     )
     number = os.open(os.environ[LOG], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
