@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import statistics
 import subprocess
@@ -142,7 +143,9 @@ class Storm:
         # When which process was ended or stopped, by the clock that the log has.
         self.struck: dict[int, float] = {}
         self.stopped: dict[int, float] = {}
-        self.ended_by_itself = 0
+        self.ended: Counter[str] = Counter()
+        # From when to when the server was away, by the same clock.
+        self.away: list[tuple[float, float]] = []
         self.deployed = False
         self.teams: list[Team] = []
         self.kinds = self._kinds()
@@ -238,7 +241,7 @@ class Storm:
     def _replace_ended(self) -> None:
         for team in self.teams:
             if team.process is not None and team.process.poll() is not None:
-                self.ended_by_itself += 1
+                self.ended[f"{team.command[0]} with {team.process.returncode}"] += 1
                 team.end(signal.SIGKILL)
                 team.start()
 
@@ -333,9 +336,11 @@ class Storm:
         """End PostgreSQL without a word, and start it again."""
         assert self.server is not None
         connection.close()
+        since = time.monotonic()
         self.server.crash()
         time.sleep(random.uniform(0, 1))
         self.server.start()
+        self.away.append((since, time.monotonic()))
         return True
 
     def delete_message(self) -> bool:
@@ -370,7 +375,10 @@ class Storm:
     # The figures
 
     def recoveries(self, log: Path) -> list[float]:
-        """Return how long after a kill each attempt was taken back, in seconds."""
+        """Return how long after a kill each attempt was taken back, in seconds.
+
+        Those in whose time the server was away are left out.
+        """
         processes = {
             (line.flow, line.task, line.attempt): line.process
             for line in evidence.read_log(log)
@@ -383,8 +391,11 @@ class Storm:
             "flow_execution_id", "task_name", "attempt", "finished_at"
         ):
             struck = self.struck.get(processes.get((flow, name, attempt), 0))
-            if struck is not None:
-                taken.append(ended.timestamp() - offset - struck)
+            until = ended.timestamp() - offset
+            if struck is not None and not any(
+                since < until and struck < back for since, back in self.away
+            ):
+                taken.append(until - struck)
         return taken
 
 
@@ -394,22 +405,17 @@ def main(name: str, *, flows: int, faults: int, server: Server | None, seed: int
     started = time.monotonic()
     lease = settings.EBBS_AND_FLOWS["LEASE_SECONDS"]
     storm = Storm(flows=flows, faults=faults, lease=lease, server=server)
-    with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
-        log = Path(folder, "log")
-        os.environ[evidence.LOG] = str(log)
-        verdict = storm.run(log)
-        recoveries = storm.recoveries(log)
-        if verdict.problems:
-            kept = Path(tempfile.gettempdir()) / f"chaos-{name}-{seed}"
-            Path(folder).rename(kept)
-            Path(folder).mkdir()
-            print(f"  what the workers and tasks said is kept in {kept}")
+    folder = Path(tempfile.mkdtemp(prefix=f"chaos-{name}-"))
+    os.environ[evidence.LOG] = str(folder / "log")
+    verdict = storm.run(folder / "log")
+    recoveries = storm.recoveries(folder / "log")
     print(f"{name}: at random, in {time.monotonic() - started:.0f} s, seed {seed}")
     kinds = ", ".join(f"{number} × {kind}" for kind, number in storm.done.most_common())
-    print(f"  {storm.done.total()} faults: {kinds}; a deploy; ", end="")
     skewed = any(team.skewed for team in storm.teams)
-    print("a clock two minutes off" if skewed else "no clock was off (SQLite, or no libfaketime)")
-    print(f"  {storm.ended_by_itself} commands ended by themselves and were started again")
+    clock = "a clock two minutes off" if skewed else "no clock off (SQLite, or no libfaketime)"
+    print(f"  {storm.done.total()} faults: {kinds}; a deploy; {clock}")
+    for command, times in storm.ended.items():
+        print(f"  {command} ended by itself and was started again, {times} times")
     print(f"  {verdict}")
     if recoveries:
         print(
@@ -418,4 +424,8 @@ def main(name: str, *, flows: int, faults: int, server: Server | None, seed: int
         )
     for problem in verdict.problems[:100]:
         print(f"    {problem}")
+    if verdict.problems or storm.ended:
+        print(f"  what the workers and tasks said is kept in {folder}")
+    else:
+        shutil.rmtree(folder)
     return int(bool(verdict.problems))

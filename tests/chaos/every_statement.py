@@ -38,6 +38,11 @@ def run(case: str) -> None:
         pass
 
 
+def schedule_and_run(case: str) -> None:
+    schedule(case)
+    run(case)
+
+
 def run_in_slices(case: str) -> None:
     while flow_runner.run_next(templates=[case], stop=lambda: True) is not None:
         pass
@@ -68,8 +73,10 @@ class Scenario:
 
     tasks: list[Task]
     act: Callable[[str], None] = run
-    # Done before, each in a process of its own and without a fault.
+    # Done before, without a fault.
     before: tuple[Callable[[str], None], ...] = (schedule,)
+    # And before that, in a process of its own, which it ends.
+    dies: Callable[[str], None] | None = None
     ends: tuple[FlowStatus, ...] = (FlowStatus.SUCCEEDED,)
 
 
@@ -84,7 +91,8 @@ SCENARIOS = {
     ),
     "recovery": Scenario(
         tasks=[flows.kill_worker_once, flows.last],
-        before=(schedule, run, expire),
+        dies=schedule_and_run,
+        before=(expire,),
     ),
     "scheduling": Scenario(tasks=[flows.first], act=schedule, before=()),
     "rescheduling": Scenario(**_FAILED, act=reschedule, before=(schedule, run)),
@@ -141,8 +149,8 @@ def _burn(name: str, count: Count) -> dict[str, Scenario]:
     def prepare(case: str) -> str:
         flow_runner.register_flow_template(FlowTemplate(case, tasks=scenario.tasks))
         cases[case] = scenario
-        for act in scenario.before:
-            _in_a_process(partial(act, case))
+        if scenario.dies is not None:
+            _in_a_process(partial(scenario.dies, case))
         return case
 
     boundaries = _count(prepare(f"{name}, unharmed"), scenario)
@@ -164,7 +172,7 @@ def _count(case: str, scenario: Scenario) -> list[bool]:
     read, write = os.pipe()
 
     def act() -> None:
-        connection.ensure_connection()
+        _make_ready(case, scenario)
         fault = faults.Fault(connection)
         scenario.act(case)
         os.write(write, bytes(fault.boundaries))
@@ -176,17 +184,20 @@ def _count(case: str, scenario: Scenario) -> list[bool]:
 
 
 def _try(case: str, harm: faults.Harm, number: int, after: bool) -> int:
-    connection.ensure_connection()
+    scenario = SCENARIOS[case.split(",", maxsplit=1)[0]]
+    _make_ready(case, scenario)
     fault = faults.Fault(connection, harm, number, after=after)
     try:
-        case_of(case).act(case)
+        scenario.act(case)
     except (OperationalError, InterfaceError):
         return STOPPED
     return WENT_ON if fault.done else MISSED
 
 
-def case_of(case: str) -> Scenario:
-    return SCENARIOS[case.split(",", maxsplit=1)[0]]
+def _make_ready(case: str, scenario: Scenario) -> None:
+    for act in scenario.before:
+        act(case)
+    connection.ensure_connection()
 
 
 def _in_a_process(act: Callable[[], int | None]) -> int:

@@ -141,9 +141,10 @@ class Court:
         for row in rows.order_by("task_index", "attempt"):
             attempts[row.flow_execution_id].append(row)
         entries: dict[int, dict[str, str]] = defaultdict(dict)
-        for entry in ExecutionContextEntry.objects.filter(
+        written = ExecutionContextEntry.objects.filter(
             flow_execution__in=ids, task_execution__isnull=False
-        ):
+        )
+        for entry in written.order_by("pk"):
             entries[entry.flow_execution_id][entry.name] = entry.value
         orders: dict[int, list[int]] = defaultdict(list)
         # A number is "flow attempt", and flows of one batch have neighbouring ids.
