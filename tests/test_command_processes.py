@@ -19,6 +19,7 @@ import pytest
 from django.db import connection
 
 from ebbs_and_flows import FlowStatus, flow_runner
+from ebbs_and_flows.integrity import IntegrityCheck
 from ebbs_and_flows.models import FlowExecution
 
 pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.processes]
@@ -55,8 +56,8 @@ def start() -> Iterator[Start]:
         process.communicate()
 
 
-def until(condition: Callable[[], bool], what: str) -> None:
-    end = time.monotonic() + 40
+def until(condition: Callable[[], bool], what: str, seconds: float = 40) -> None:
+    end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f"waited in vain: {what}"
         time.sleep(0.05)
@@ -139,6 +140,33 @@ def test_watching_workers_pick_up_what_comes_and_end_on_sigterm(
     out, err = process.communicate(timeout=30)
     assert process.returncode == 0, err
     assert "4 flows ran: 4 succeeded." in out
+
+
+def test_a_task_that_kills_its_workers_is_given_up_and_holds_nobody_up(
+    start: Start, tmp_path: Path
+) -> None:
+    deadly = flow_runner.schedule_flow("shop-deadly", {"folder": str(tmp_path)})
+    process = start("--workers", "2", "--watch")
+    until(lambda: any("kill_always" in line for line in log(tmp_path)), "the first death")
+    flows = [flow_runner.schedule_flow("shop-quick", {"folder": str(tmp_path)}) for _ in range(4)]
+    done = FlowExecution.objects.filter(status=FlowStatus.SUCCEEDED)
+    until(lambda: done.count() == len(flows), "the other flows")
+    until(lambda: flow_runner.service.get_flow_execution(deadly).is_finished, "the end of it", 90)
+    process.terminate()
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 0, err
+    deadly.refresh_from_db()
+    assert deadly.status == FlowStatus.FAILED
+    # Three times it is continued: MAX_INTERRUPTIONS.
+    assert [line.split()[1] for line in log(tmp_path)].count("kill_always") == 4
+    attempts = flow_runner.service.get_flow_task_execution_history(deadly)
+    last = attempts[-1]
+    assert [row.attempt for row in attempts if row.task_name == "kill_always"] == [1, 2, 3, 4]
+    assert last.output.startswith("interrupted: worker ")
+    assert "It has now lost its worker 4 times, so the flow is not continued by" in last.output
+    assert "find out what ends the worker, then reschedule it." in last.output
+    assert "A worker process ended unexpectedly, with exit code -9" in err
+    assert list(IntegrityCheck().findings()) == []
 
 
 def test_a_failed_flow_makes_the_exit_code_1_with_workers_too(start: Start) -> None:

@@ -45,6 +45,14 @@ def kill_once(context: ExecutionContext) -> ExecutionContext:
 
 
 @task
+def kill_always(context: ExecutionContext) -> ExecutionContext:
+    """End its process each time, as one does that takes all of the memory."""
+    note(context, "start")
+    os.kill(os.getpid(), signal.SIGKILL)
+    return context
+
+
+@task
 def last(context: ExecutionContext) -> ExecutionContext:
     note(context, "start")
     return context
@@ -72,4 +80,5 @@ flow_runner.register_flow_template(FlowTemplate("shop-long", tasks=map(pace, ran
 flow_runner.register_flow_template(FlowTemplate("shop-quick", tasks=[first, last]))
 flow_runner.register_flow_template(FlowTemplate("shop-waits", tasks=[first, wait_for_file, last]))
 flow_runner.register_flow_template(FlowTemplate("shop-killed", tasks=[first, kill_once, last]))
+flow_runner.register_flow_template(FlowTemplate("shop-deadly", tasks=[first, kill_always, last]))
 flow_runner.register_flow_template(FlowTemplate("shop-fails", tasks=[fail]))

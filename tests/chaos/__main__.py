@@ -1,0 +1,111 @@
+"""`python -m tests.chaos`: sets flows on fire and says what is left.
+
+`short` is for every change: every statement, and a little of all the rest, on each database that
+answers. `long` is 10,000 flows with 1,000 faults on PostgreSQL. The other two are one fire on one
+database, the one that EBBS_TEST_DATABASE names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+
+from tests.on_every_database import PROBES
+
+FAST_LEASE, ENDLESS_LEASE = "2", "3600"
+
+
+def every_statement(database: str) -> int:
+    """Try every statement on one database."""
+    os.environ["EBBS_TEST_LEASE_SECONDS"] = ENDLESS_LEASE
+    from .database import made_database
+
+    with made_database():
+        from . import every_statement
+
+        return every_statement.main(database)
+
+
+def at_random(database: str, options: argparse.Namespace) -> int:
+    """Let things go wrong at random on one database."""
+    os.environ["EBBS_TEST_LEASE_SECONDS"] = FAST_LEASE
+    os.environ["EBBS_TEST_CLUSTER"] = f"ebbs-chaos-{os.getpid()}"
+    from .server import private_server
+
+    with private_server() if database == "postgresql" else nullcontext() as server:
+        if database == "postgresql" and server is None:
+            print("PostgreSQL is not killed here: no initdb, or nobody to run it as.")
+        from .database import made_database
+
+        with made_database():
+            from . import at_random
+
+            return at_random.main(
+                database,
+                flows=options.flows,
+                faults=options.faults,
+                server=server,
+                seed=options.seed,
+            )
+
+
+def answering() -> list[str]:
+    """Return the databases that there are; say which there are not."""
+    wanted = os.environ.get("EBBS_TEST_DATABASES", ",".join(PROBES)).split(",")
+    found = []
+    for database in wanted:
+        probe = subprocess.run(
+            [sys.executable, "-c", PROBES[database]], check=False, capture_output=True
+        )
+        if probe.returncode:
+            print(f"{database}: SKIPPED, no server answers.")
+        else:
+            found.append(database)
+    return found
+
+
+def start(database: str, *arguments: str) -> subprocess.Popen[bytes]:
+    """Start one fire in a process of its own, with the settings of its database."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.chaos", *arguments],
+        env={**os.environ, "EBBS_TEST_DATABASE": database},
+    )
+
+
+def short() -> int:
+    """Try every statement on each database, then a hundred faults at random on each."""
+    started, codes = time.monotonic(), []
+    databases = answering()
+    for fire in (["every-statement"], ["at-random", "--flows", "300", "--faults", "40"]):
+        # Together: they wait for their disks, and for leases, more than they compute.
+        processes = [start(database, *fire) for database in databases]
+        codes += [process.wait() for process in processes]
+    print(f"The proof by fire took {time.monotonic() - started:.0f} s on {', '.join(databases)}.")
+    return int(any(codes))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
+    parser.add_argument("fire", choices=["short", "long", "every-statement", "at-random"])
+    parser.add_argument("--flows", type=int, default=10_000)
+    parser.add_argument("--faults", type=int, default=1_000)
+    parser.add_argument("--seed", type=int, default=random.randrange(10**6))
+    options = parser.parse_args()
+    os.environ["DJANGO_SETTINGS_MODULE"] = "tests.chaos.settings"
+    database = os.environ.get("EBBS_TEST_DATABASE", "sqlite")
+    if options.fire == "short":
+        return short()
+    if options.fire == "long":
+        return start("postgresql", *sys.argv[2:], "at-random").wait()
+    if options.fire == "every-statement":
+        return every_statement(database)
+    return at_random(database, options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

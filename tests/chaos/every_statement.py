@@ -1,0 +1,230 @@
+"""Runs each shape of flow with a fault at its every statement, one process a fault."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+from django.db import InterfaceError, OperationalError, connection
+from django.utils import timezone
+
+from ebbs_and_flows import FlowStatus, FlowTemplate, Task, flow_runner
+from ebbs_and_flows.models import FlowExecution, TaskExecution
+
+from . import evidence, faults, flows
+
+MISSED, WENT_ON, STOPPED = 0, 4, 5
+"""How a process ended: no fault came, it did its work all the same, it gave up for an error."""
+
+
+# What the process that is tried does, with the template of its case
+
+
+def schedule(case: str) -> None:
+    flow_runner.schedule_flow(case, key=case)
+
+
+def run(case: str) -> None:
+    while flow_runner.run_next(templates=[case]) is not None:
+        pass
+
+
+def schedule_and_run(case: str) -> None:
+    schedule(case)
+    run(case)
+
+
+def run_in_slices(case: str) -> None:
+    while flow_runner.run_next(templates=[case], stop=lambda: True) is not None:
+        pass
+
+
+def reschedule(case: str) -> None:
+    flow = FlowExecution.objects.get(template_name=case)
+    if flow.status == FlowStatus.FAILED:
+        flow_runner.reschedule_flow_execution(flow)
+
+
+def complete_by_hand(case: str) -> None:
+    flow = FlowExecution.objects.get(template_name=case)
+    if flow.status == FlowStatus.FAILED:
+        flow_runner.complete_failed_task(flow, reason="Paid in cash.")
+
+
+def expire(case: str) -> None:
+    """Have the lease expire without waiting for it."""
+    FlowExecution.objects.filter(template_name=case, lease_expires_at__isnull=False).update(
+        lease_expires_at=timezone.now() - timedelta(hours=1)
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scenario:
+    """Something that is done to a flow, and what has become of it when all is over."""
+
+    tasks: list[Task]
+    act: Callable[[str], None] = run
+    # Done before, without a fault.
+    before: tuple[Callable[[str], None], ...] = (schedule,)
+    # And before that, in a process of its own, which it ends.
+    dies: Callable[[str], None] | None = None
+    ends: tuple[FlowStatus, ...] = (FlowStatus.SUCCEEDED,)
+
+
+_FAILED = {"tasks": [flows.first, flows.fail], "ends": (FlowStatus.FAILED,)}
+
+SCENARIOS = {
+    "run": Scenario(tasks=[flows.first, flows.flaky, flows.book, flows.last]),
+    "in slices": Scenario(tasks=[flows.first, flows.last], act=run_in_slices),
+    "failure": Scenario(**_FAILED),
+    "cancellation": Scenario(
+        tasks=[flows.first, flows.cancel, flows.last], ends=(FlowStatus.CANCELLED,)
+    ),
+    "recovery": Scenario(
+        tasks=[flows.kill_worker_once, flows.last],
+        dies=schedule_and_run,
+        before=(expire,),
+    ),
+    "scheduling": Scenario(tasks=[flows.first], act=schedule, before=()),
+    "rescheduling": Scenario(**_FAILED, act=reschedule, before=(schedule, run)),
+    "done by hand": Scenario(
+        tasks=[flows.fail, flows.last], act=complete_by_hand, before=(schedule, run),
+        ends=(FlowStatus.SUCCEEDED, FlowStatus.FAILED),
+    ),
+}  # fmt: skip
+
+
+@dataclass(slots=True)
+class Count:
+    """What was done, and how the processes took it."""
+
+    statements: Counter[str] = field(default_factory=Counter)
+    faults: Counter[str] = field(default_factory=Counter)
+    went_on: Counter[str] = field(default_factory=Counter)
+    stopped: Counter[str] = field(default_factory=Counter)
+    taken_back: int = 0
+    crashed: list[str] = field(default_factory=list)
+
+
+def main(name: str) -> int:
+    """Try all of it on the database that is set up; print the figures, return the exit code."""
+    started, count = time.monotonic(), Count()
+    logging.getLogger("ebbs_and_flows").setLevel(logging.CRITICAL)
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder, "log")
+        os.environ[evidence.LOG] = str(log)
+        cases = {}
+        for scenario in SCENARIOS:
+            cases |= _burn(scenario, count)
+        expected = _finish(cases, count)
+        verdict = evidence.Court(expected, log).judge()
+    verdict.unsound += count.crashed
+    statements = ", ".join(f"{number} of {what}" for what, number in count.statements.items())
+    print(f"{name}: every statement ({statements}) in {time.monotonic() - started:.0f} s")
+    for harm, number in count.faults.items():
+        print(
+            f"  {harm}: {number} times; {count.went_on[harm]} processes went on by themselves,"
+            f" {count.stopped[harm]} stopped with the database's error"
+        )
+    print(f"  {count.taken_back} attempts were taken back from workers that were lost")
+    print(f"  {verdict}")
+    for problem in verdict.problems:
+        print(f"    {problem}")
+    return int(bool(verdict.problems))
+
+
+def _burn(name: str, count: Count) -> dict[str, Scenario]:
+    """Try one scenario with each harm at each statement; return it for each case."""
+    scenario, cases = SCENARIOS[name], {}
+
+    def prepare(case: str) -> str:
+        flow_runner.register_flow_template(FlowTemplate(case, tasks=scenario.tasks))
+        cases[case] = scenario
+        if scenario.dies is not None:
+            _in_a_process(partial(scenario.dies, case))
+        return case
+
+    boundaries = _count(prepare(f"{name}, unharmed"), scenario)
+    count.statements[name] = len(boundaries)
+    for harm, number, after in faults.moments(connection.vendor, boundaries):
+        what = harm.__name__
+        case = prepare(f"{name}, {what} {'after' if after else 'before'} {number}")
+        code = _in_a_process(partial(_try, case, harm, number, after))
+        count.faults[what] += 1
+        count.went_on[what] += code == WENT_ON
+        count.stopped[what] += code == STOPPED
+        if code not in {WENT_ON, STOPPED, faults.DIED}:
+            count.crashed.append(f"{case}: the process ended with {code}.")
+    return cases
+
+
+def _count(case: str, scenario: Scenario) -> list[bool]:
+    """Do it without a fault; return of each statement whether what it did was committed then."""
+    read, write = os.pipe()
+
+    def act() -> None:
+        _make_ready(case, scenario)
+        fault = faults.Fault(connection)
+        scenario.act(case)
+        os.write(write, bytes(fault.boundaries))
+
+    _in_a_process(act)
+    os.close(write)
+    with os.fdopen(read, "rb") as pipe:
+        return [bool(item) for item in pipe.read()]
+
+
+def _try(case: str, harm: faults.Harm, number: int, after: bool) -> int:
+    scenario = SCENARIOS[case.split(",", maxsplit=1)[0]]
+    _make_ready(case, scenario)
+    fault = faults.Fault(connection, harm, number, after=after)
+    try:
+        scenario.act(case)
+    except (OperationalError, InterfaceError):
+        return STOPPED
+    return WENT_ON if fault.done else MISSED
+
+
+def _make_ready(case: str, scenario: Scenario) -> None:
+    for act in scenario.before:
+        act(case)
+    connection.ensure_connection()
+
+
+def _in_a_process(act: Callable[[], int | None]) -> int:
+    """Do it in a process of its own; return the exit code. This one holds no connection."""
+    pid = os.fork()
+    if pid:
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    code = 1
+    try:
+        code = act() or 0
+    except BaseException:  # noqa: BLE001 - nothing of the parent's is to run in the child
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def _finish(cases: dict[str, Scenario], count: Count) -> dict[int, tuple[FlowStatus, ...]]:
+    """Have a sound worker end all flows; return how each flow may have ended."""
+    for case, scenario in cases.items():
+        if scenario.act is schedule:
+            # Whoever got no answer asks again, with the same key.
+            schedule(case)
+    for case in cases:
+        expire(case)
+        run(case)
+    count.taken_back = TaskExecution.objects.filter(error_type="TaskInterrupted").count()
+    found = dict(FlowExecution.objects.values_list("pk", "template_name"))
+    for case in cases.keys() - set(found.values()):
+        count.crashed.append(f"{case}: the flow was lost.")
+    return {pk: cases[case].ends for pk, case in found.items()}
