@@ -1,0 +1,127 @@
+"""The claim stays flat, whatever stands ahead of the flow that can run, and waits for nobody."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from django.db import connection, connections, transaction
+from django.utils import timezone
+
+from ebbs_and_flows import FlowRunner, FlowTemplate, task
+from ebbs_and_flows.models import FlowExecution
+
+ROWS = 3000
+
+
+def template(name: str, **options: Any) -> FlowTemplate:
+    return FlowTemplate(name, tasks=[task(name="only")(lambda context: context)], **options)
+
+
+@contextmanager
+def statements() -> Iterator[list[tuple[str, Any]]]:
+    """Collect the statements that are made, with their parameters."""
+    made: list[tuple[str, Any]] = []
+
+    def note(execute: Any, sql: str, parameters: Any, many: bool, context: Any) -> Any:
+        made.append((sql, parameters))
+        return execute(sql, parameters, many, context)
+
+    with connection.execute_wrapper(note):
+        yield made
+
+
+def plan(sql: str, parameters: Any) -> str:
+    how = "EXPLAIN QUERY PLAN " if connection.vendor == "sqlite" else "EXPLAIN "
+    with connection.cursor() as cursor:
+        cursor.execute(how + sql, parameters)
+        return "\n".join(str(row[-1]) for row in cursor.fetchall())
+
+
+@pytest.mark.django_db
+@pytest.mark.skipif(connection.vendor == "mysql", reason="MariaDB's plans have another form")
+@pytest.mark.parametrize("ahead", ["later", "unknown", "paused", "full"])
+def test_a_claim_is_one_index_range_whatever_stands_ahead(runner: FlowRunner, ahead: str) -> None:
+    runner.register_flow_template(template("ahead", max_running=1))
+    runner.register_flow_template(template("wanted"))
+    run_at = timezone.now() + timedelta(days=1) if ahead == "later" else None
+    runner.schedule_flows("ahead", [None] * ROWS, priority=100, run_at=run_at)
+    wanted = runner.schedule_flow("wanted", priority=-100)
+    if ahead == "paused":
+        runner.pause_flow_template("ahead")
+    elif ahead == "full":
+        first = FlowExecution.objects.order_by("pk")[0]
+        assert runner.service.claim_flow(first, runner.get_flow_template("ahead"), "worker")
+    elif ahead == "unknown":
+        FlowExecution.objects.filter(template_name="ahead").update(template_name="gone")
+    with connection.cursor() as cursor:
+        cursor.execute("ANALYZE")
+    with statements() as made:
+        claimed = runner.run_next()
+    assert claimed is not None
+    assert claimed.pk == wanted.pk
+    plans = [
+        plan(sql, parameters)
+        for sql, parameters in made
+        if "ebbs_and_flows_flowexecution" in sql
+        and ("SELECT" in sql or "WITH" in sql)
+        # What is made of a single flow is no look-up.
+        and not sql.startswith("INSERT")
+    ]
+    text = "\n\n".join(plans)
+    assert "ebbs_flow_ready" in text
+    if connection.vendor == "sqlite":
+        assert "SCAN ebbs_and_flows_flowexecution" not in text, text
+        ranges = [line for line in text.splitlines() if "ebbs_flow_ready" in line]
+        assert all("template_name=? AND ready_rank<?" in line for line in ranges), text
+    else:
+        assert "Seq Scan on ebbs_and_flows_flowexecution" not in text, text
+        assert "Bitmap" not in text, text
+
+
+@pytest.mark.django_db(transaction=True)
+@pytest.mark.skipif(connection.vendor != "postgresql", reason="SKIP LOCKED is PostgreSQL's here")
+def test_a_claim_waits_for_no_other_worker(runner: FlowRunner) -> None:
+    runner.register_flow_template(template("t"))
+    best, second = runner.schedule_flow("t"), runner.schedule_flow("t")
+    locked, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        try:
+            with transaction.atomic():
+                FlowExecution.objects.select_for_update().get(pk=best.pk)
+                locked.set()
+                done.wait(20)
+        finally:
+            connections.close_all()
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    try:
+        assert locked.wait(20)
+        with connection.cursor() as cursor:
+            cursor.execute("SET lock_timeout = '5s'")
+        claimed = runner.run_next()
+    finally:
+        done.set()
+        holder.join()
+        with connection.cursor() as cursor:
+            cursor.execute("SET lock_timeout = 0")
+    assert claimed is not None
+    assert claimed.pk == second.pk
+
+
+@pytest.mark.django_db(transaction=True)
+def test_bulk_scheduling_takes_a_few_statements(runner: FlowRunner) -> None:
+    runner.register_flow_template(template("t"))
+    with statements() as made:
+        flows = runner.schedule_flows("t", [{"a": 1}] * 1000, keys=[f"k{n}" for n in range(1000)])
+    assert len({flow.pk for flow in flows}) == 1000
+    # Of the flows, SQLite takes 33 in one statement.
+    assert len(made) <= (60 if connection.vendor == "sqlite" else 20), [
+        sql[:60] for sql, _ in made
+    ]
