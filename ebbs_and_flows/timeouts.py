@@ -52,10 +52,14 @@ def interrupt_after(limit: Limit) -> Iterator[None]:
         yield
         return
     alarm = _Alarm(limit, seconds)
-    alarm.set()
     try:
-        yield
+        alarm.set()
+        try:
+            yield
+        finally:
+            alarm.put_back()
     finally:
+        # Once more: it may have gone off at the very moment of its putting back.
         alarm.put_back()
 
 
@@ -69,6 +73,7 @@ class _Alarm:
         self._their_seconds, self._their_interval = signal.getitimer(signal.ITIMER_REAL)
         self._started = time.monotonic()
         self._is_set = False
+        self._is_back = False
 
     def set(self) -> None:
         first, again = self._seconds, _AGAIN_SECONDS
@@ -80,22 +85,21 @@ class _Alarm:
         signal.setitimer(signal.ITIMER_REAL, first + 0.001, again + 0.001)
 
     def _go_off(self, number: int, frame: FrameType | None) -> None:
-        if self._their_seconds and time.monotonic() - self._started >= self._their_seconds:
-            self._their_seconds = 0.0
-            if callable(self._theirs):
-                self._theirs(number, frame)
+        are_due = 0 < self._their_seconds <= time.monotonic() - self._started
+        # One that nobody would catch is left for afterwards.
+        if are_due and callable(self._theirs):
+            self._their_seconds += self._their_interval or -self._their_seconds
+            self._theirs(number, frame)
         if self._is_set and self._limit.is_over:
             raise Overdue
 
     def put_back(self) -> None:
-        while self._is_set:
-            try:
-                self._is_set = False
-                signal.setitimer(signal.ITIMER_REAL, 0)
-                signal.signal(signal.SIGALRM, self._theirs or signal.SIG_DFL)
-                if self._their_seconds:
-                    left = self._their_seconds - (time.monotonic() - self._started)
-                    signal.setitimer(signal.ITIMER_REAL, max(left, 0.001), self._their_interval)
-            except Overdue:
-                # It went off at the very moment of its putting back.
-                self._is_set = True
+        if self._is_back:
+            return
+        self._is_set = False
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, self._theirs or signal.SIG_DFL)
+        self._is_back = True
+        if self._their_seconds:
+            left = self._their_seconds - (time.monotonic() - self._started)
+            signal.setitimer(signal.ITIMER_REAL, max(left, 0.001), self._their_interval)

@@ -178,13 +178,14 @@ class Worker:
             overdue = DeadlineExceeded(run.flow.pk, run.flow.deadline_at)
         limit = Limit(left if ends_by_deadline else task.timeout)
         try:
-            with interrupt_after(limit):
-                result = self._result(task, context, limit)
+            result = self._result(task, context, limit)
         except (Overdue, TimeoutError) as error:
             if not limit.is_over:
                 raise
-            self._drop_connections()
             raise overdue from error
+        finally:
+            if limit.is_over:
+                self._drop_connections()
         if limit.is_over:
             # It could not be interrupted, or swallowed the interruption.
             raise overdue
@@ -192,8 +193,10 @@ class Worker:
 
     @staticmethod
     def _result(task: Task, context: ExecutionContext, limit: Limit) -> object:
-        result: object = task.run(context)
+        with interrupt_after(limit):
+            result: object = task.run(context)
         if inspect.isawaitable(result):
+            # Not by the alarm: what is awaited would go on in its own thread.
             result = async_to_sync(_wait_for)(result, limit.left)
         return result
 

@@ -1,0 +1,343 @@
+"""Time-outs and deadlines: what takes too long is interrupted and fails, and harms nobody else."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from django.db import connection, connections, transaction
+from django.utils import timezone
+
+from ebbs_and_flows import (
+    ExecutionContext,
+    FlowRunner,
+    FlowStatus,
+    FlowTemplate,
+    Retry,
+    Task,
+    TaskTimeout,
+    task,
+)
+from ebbs_and_flows.models import FlowExecution, TaskExecution
+from ebbs_and_flows.timeouts import Limit, Overdue, interrupt_after
+from tests.shop.models import Order
+
+pytestmark = pytest.mark.django_db(transaction=True)
+
+LONG = 20.0
+"""Seconds that nothing here ever takes."""
+
+
+def outcome(runner: FlowRunner, *tasks: Task, **options: Any) -> tuple[FlowExecution, str, str]:
+    """Run a flow of the tasks; return it with the last attempt's error and output."""
+    runner.register_flow_template(FlowTemplate("limited", tasks=tasks, **options))
+    flow = runner.run_flow_execution(runner.schedule_flow("limited"))
+    last = runner.service.get_flow_task_execution_history(flow)[-1]
+    return flow, last.error_type, last.output
+
+
+def limited(seconds: float, body: Callable[..., Any], **options: Any) -> Task:
+    return task(name="slow", timeout=seconds, **options)(body)
+
+
+def sleep(context: ExecutionContext) -> ExecutionContext:
+    time.sleep(LONG)
+    return context
+
+
+@pytest.fixture
+def alarm() -> Iterator[list[float]]:
+    """Somebody else's alarm handler, as a queue has one; the list holds when it was called."""
+    called: list[float] = []
+    before = signal.signal(signal.SIGALRM, lambda *_: called.append(time.monotonic()))
+    yield called
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def test_a_task_that_takes_too_long_is_interrupted_and_fails(runner: FlowRunner) -> None:
+    began = time.monotonic()
+    flow, error, output = outcome(runner, limited(0.1, sleep))
+    assert time.monotonic() - began < LONG
+    assert (flow.status, error) == (FlowStatus.FAILED, "TaskTimeout")
+    assert output.startswith("TaskTimeout: Task 'slow' took longer than its timeout of 0.1 s.")
+    # Where it was, for whoever wonders what took so long.
+    assert "time.sleep(LONG)" in output
+
+
+def test_a_time_out_is_retried_as_the_rule_says(runner: FlowRunner) -> None:
+    retry = Retry(attempts=2, delay=0, jitter=False, on=(TimeoutError,))
+    flow, error, _ = outcome(runner, limited(0.1, sleep, retry=retry))
+    assert (flow.status, error) == (FlowStatus.RESCHEDULED, "TaskTimeout")
+
+
+def test_a_task_in_time_is_left_alone(runner: FlowRunner) -> None:
+    def quick(context: ExecutionContext) -> ExecutionContext:
+        return context.with_entries(left=signal.getitimer(signal.ITIMER_REAL)[0] > 0)
+
+    flow, _, _ = outcome(runner, limited(LONG, quick))
+    assert dict(flow.execution_context) == {"left": True}
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+    assert signal.getsignal(signal.SIGALRM) is signal.SIG_DFL
+
+
+def test_an_interruption_that_is_swallowed_fails_all_the_same(runner: FlowRunner) -> None:
+    def swallow(context: ExecutionContext) -> ExecutionContext:
+        with suppress(BaseException):
+            time.sleep(LONG)
+        return context.with_entries(done=True)
+
+    flow, error, _ = outcome(runner, limited(0.1, swallow))
+    assert (flow.status, error) == (FlowStatus.FAILED, "TaskTimeout")
+    assert dict(flow.execution_context) == {}
+
+
+def test_no_except_exception_swallows_the_interruption(runner: FlowRunner) -> None:
+    def stubborn(context: ExecutionContext) -> ExecutionContext:
+        for _ in range(100):
+            with suppress(Exception):
+                time.sleep(LONG / 100)
+        return context
+
+    began = time.monotonic()
+    _, error, _ = outcome(runner, limited(0.1, stubborn))
+    assert error == "TaskTimeout"
+    assert time.monotonic() - began < LONG
+
+
+def test_a_time_out_of_the_tasks_own_is_not_taken_for_ours(runner: FlowRunner) -> None:
+    def own(context: ExecutionContext) -> ExecutionContext:
+        raise TimeoutError("the bank did not answer")
+
+    _, error, output = outcome(runner, limited(LONG, own))
+    assert (error, output.splitlines()[0]) == (
+        "TimeoutError",
+        "TimeoutError: the bank did not answer",
+    )
+
+
+def test_in_another_thread_a_task_is_not_interrupted_but_fails(runner: FlowRunner) -> None:
+    def late(context: ExecutionContext) -> ExecutionContext:
+        time.sleep(0.2)
+        return context.with_entries(slept=True)
+
+    def work() -> None:
+        try:
+            found.append(outcome(runner, limited(0.1, late)))
+        finally:
+            connections.close_all()
+
+    found: list[tuple[FlowExecution, str, str]] = []
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    (flow, error, _), *_ = found
+    assert (flow.status, error) == (FlowStatus.FAILED, "TaskTimeout")
+    assert dict(flow.execution_context) == {}
+
+
+# async
+
+
+def test_an_async_task_is_cancelled_and_ends_before_its_attempt_does(runner: FlowRunner) -> None:
+    ended: list[bool] = []
+
+    async def slow(context: ExecutionContext) -> ExecutionContext:
+        try:
+            await asyncio.sleep(LONG)
+        finally:
+            # Tidies up: the next attempt must not begin meanwhile.
+            await asyncio.sleep(0.2)
+            ended.append(True)
+        return context
+
+    flow, error, output = outcome(runner, limited(0.1, slow))
+    assert ended == [True]
+    assert (flow.status, error) == (FlowStatus.FAILED, "TaskTimeout")
+    assert "asyncio.sleep(LONG)" in output
+
+
+def test_an_async_task_that_swallows_its_cancellation_fails_all_the_same(
+    runner: FlowRunner,
+) -> None:
+    async def swallow(context: ExecutionContext) -> ExecutionContext:
+        with suppress(asyncio.CancelledError):
+            await asyncio.sleep(LONG)
+        return context.with_entries(done=True)
+
+    flow, error, _ = outcome(runner, limited(0.1, swallow))
+    assert (flow.status, error) == (FlowStatus.FAILED, "TaskTimeout")
+    assert dict(flow.execution_context) == {}
+
+
+# Another alarm
+
+
+def test_another_alarm_is_due_again_afterwards(runner: FlowRunner, alarm: list[float]) -> None:
+    theirs = signal.getsignal(signal.SIGALRM)
+    signal.setitimer(signal.ITIMER_REAL, 1000, 500)
+    _, error, _ = outcome(runner, limited(0.1, sleep))
+    assert error == "TaskTimeout"
+    assert signal.getsignal(signal.SIGALRM) is theirs
+    left, interval = signal.getitimer(signal.ITIMER_REAL)
+    assert 0 < left <= 1000 - 0.1
+    assert interval == 500
+    assert alarm == []
+
+
+def test_another_alarm_goes_off_in_its_time_in_the_middle_of_a_task(
+    runner: FlowRunner, alarm: list[float]
+) -> None:
+    def wait(context: ExecutionContext) -> ExecutionContext:
+        until = time.monotonic() + LONG
+        while not alarm and time.monotonic() < until:
+            time.sleep(0.01)
+        return context.with_entries(called=len(alarm))
+
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    flow, _, _ = outcome(runner, limited(LONG + 1, wait))
+    assert dict(flow.execution_context) == {"called": 1}
+
+
+def test_after_another_alarm_the_time_out_still_comes(
+    runner: FlowRunner, alarm: list[float]
+) -> None:
+    signal.setitimer(signal.ITIMER_REAL, 0.1)
+    _, error, _ = outcome(runner, limited(0.3, sleep))
+    assert error == "TaskTimeout"
+    assert len(alarm) == 1
+
+
+def test_another_alarm_that_raises_is_not_lost() -> None:
+    def give_up(*_: object) -> None:
+        raise SystemExit("the queue's own time-out")
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        with pytest.raises(SystemExit, match="own time-out"), interrupt_after(Limit(LONG)):
+            time.sleep(LONG)
+        assert signal.getsignal(signal.SIGALRM) is give_up
+        assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_an_alarm_at_the_very_end_of_a_body_is_put_back_all_the_same(alarm: list[float]) -> None:
+    theirs = signal.getsignal(signal.SIGALRM)
+    for turn in range(200):
+        limit = Limit(0.002)
+        with suppress(Overdue), interrupt_after(limit):
+            until = time.monotonic() + 0.0025 + turn * 5e-6
+            while time.monotonic() < until:
+                pass
+        assert signal.getsignal(signal.SIGALRM) is theirs
+        assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+    assert alarm == []
+
+
+# Connections
+
+
+SLEEPS = {"postgresql": "SELECT pg_sleep(3)", "mysql": "SELECT SLEEP(3)"}
+
+
+def session() -> Any:
+    with connection.cursor() as cursor:
+        name = "pg_backend_pid()" if connection.vendor == "postgresql" else "CONNECTION_ID()"
+        cursor.execute(f"SELECT {name}")
+        return cursor.fetchone()[0]
+
+
+def hang(context: ExecutionContext) -> ExecutionContext:
+    Order.objects.create(number="42")
+    with connection.cursor() as cursor:
+        cursor.execute(SLEEPS[connection.vendor])
+    return context
+
+
+def hang_and_swallow(context: ExecutionContext) -> ExecutionContext:
+    with suppress(BaseException):
+        hang(context)
+    return context
+
+
+def hang_in_a_transaction(context: ExecutionContext) -> ExecutionContext:
+    with transaction.atomic():
+        return hang(context)
+
+
+def hang_and_translate(context: ExecutionContext) -> ExecutionContext:
+    try:
+        return hang(context)
+    except BaseException as error:
+        raise ValueError("no luck") from error
+
+
+@pytest.mark.skipif(connection.vendor == "sqlite", reason="SQLite's queries are not interrupted")
+@pytest.mark.parametrize("atomic", [False, True])
+@pytest.mark.parametrize(
+    "body", [hang, hang_and_swallow, hang_in_a_transaction, hang_and_translate]
+)
+def test_a_connection_that_was_interrupted_in_a_query_is_thrown_away(
+    runner: FlowRunner, body: Callable[..., Any], atomic: bool
+) -> None:
+    before = session()
+    flow, error, _ = outcome(runner, limited(0.3, body, atomic=atomic))
+    assert flow.status == FlowStatus.FAILED
+    assert error == ("ValueError" if body is hang_and_translate else "TaskTimeout")
+    assert session() != before
+    assert dict(flow.execution_context) == {}
+    rolled_back = atomic or body is hang_in_a_transaction
+    assert Order.objects.count() == (0 if rolled_back else 1)
+    # The next flow of this process is none the worse for it.
+    flow, _, _ = outcome(FlowRunner(), task(name="next")(lambda context: context))
+    assert flow.status == FlowStatus.SUCCEEDED
+
+
+# Deadlines
+
+
+def test_a_flow_fails_at_its_deadline_in_the_middle_of_a_task(runner: FlowRunner) -> None:
+    retry = Retry(attempts=5, delay=0)
+    flow, error, output = outcome(runner, limited(LONG, sleep, retry=retry), deadline=0.5)
+    assert (flow.status, error) == (FlowStatus.FAILED, "DeadlineExceeded")
+    assert output.startswith(f"DeadlineExceeded: Flow {flow.pk} was not over by its deadline at ")
+    assert flow.deadline_at == flow.run_at + timedelta(seconds=0.5)
+
+
+def test_a_flow_that_is_late_already_fails_before_its_task_begins(runner: FlowRunner) -> None:
+    ran = []
+    note = task(name="note")(lambda context: ran.append(1) or context)
+    runner.register_flow_template(FlowTemplate("late", tasks=[note], deadline=60))
+    flow = runner.schedule_flow("late", run_at=timezone.now() - timedelta(seconds=61))
+    failed = runner.run_flow()
+    assert failed is not None
+    assert (failed.pk, failed.status, ran) == (flow.pk, FlowStatus.FAILED, [])
+    assert TaskExecution.objects.get().error_type == "DeadlineExceeded"
+    # Who reschedules it wants it to go on, without a deadline.
+    assert runner.reschedule_flow_execution(flow).deadline_at is None
+    assert runner.re_run_flow().status == FlowStatus.SUCCEEDED  # type: ignore[union-attr]
+    assert ran == [1]
+
+
+def test_no_retry_is_waited_for_beyond_the_deadline(runner: FlowRunner) -> None:
+    def fail(context: ExecutionContext) -> ExecutionContext:
+        raise OSError("down")
+
+    retry = Retry(attempts=5, delay=600, max_delay=600, jitter=False)
+    flow, error, _ = outcome(runner, task(name="fail", retry=retry)(fail), deadline=300)
+    assert (flow.status, error) == (FlowStatus.FAILED, "OSError")
+
+
+def test_a_task_time_out_is_no_deadline_and_a_time_out_error_is_one(runner: FlowRunner) -> None:
+    assert issubclass(TaskTimeout, TimeoutError)
+    _, error, _ = outcome(runner, limited(0.1, sleep), deadline=600)
+    assert error == "TaskTimeout"
