@@ -161,7 +161,7 @@ class Storm:
         if connection.vendor != "sqlite":
             kinds[self.cut_connection] = 30
         if self.server is not None:
-            kinds[self.crash_server] = 1
+            kinds[self.crash_server] = 2
         return kinds
 
     # The run
