@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo demo-once test bench-background lint format package clean
+.PHONY: demo demo-once test chaos chaos-short bench-background lint format package clean
 
 # Real data through real flows on SQLite, then the admin until Ctrl-C.
 demo: $(VENV)/demo.stamp
@@ -19,6 +19,14 @@ test: $(VENV)/test.stamp
 # How soon flows start in the background, and how fast a backlog is done: PostgreSQL, Redis.
 bench-background: $(VENV)/test.stamp
 	$(BIN)/python -m bench.background
+
+# The proof by fire: 10,000 flows with 1,000 faults, on a PostgreSQL of its own.
+chaos: $(VENV)/test.stamp
+	$(BIN)/python -m tests.chaos long
+
+# Every statement of a flow's run, and some faults at random, on each database that answers.
+chaos-short: $(VENV)/test.stamp
+	$(BIN)/python -m tests.chaos short
 
 lint: $(VENV)/lint.stamp
 	$(BIN)/ruff check .

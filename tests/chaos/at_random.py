@@ -161,7 +161,7 @@ class Storm:
         if connection.vendor != "sqlite":
             kinds[self.cut_connection] = 30
         if self.server is not None:
-            kinds[self.crash_server] = 1
+            kinds[self.crash_server] = 2
         return kinds
 
     # The run
@@ -241,7 +241,8 @@ class Storm:
     def _replace_ended(self) -> None:
         for team in self.teams:
             if team.process is not None and team.process.poll() is not None:
-                self.ended[f"{team.command[0]} with {team.process.returncode}"] += 1
+                if team.process.pid not in self.struck:
+                    self.ended[f"{team.command[0]} with {team.process.returncode}"] += 1
                 team.end(signal.SIGKILL)
                 team.start()
 

@@ -78,6 +78,7 @@ class Scenario:
     # And before that, in a process of its own, which it ends.
     dies: Callable[[str], None] | None = None
     ends: tuple[FlowStatus, ...] = (FlowStatus.SUCCEEDED,)
+    max_running: int | None = None
 
 
 _FAILED = {"tasks": [flows.first, flows.fail], "ends": (FlowStatus.FAILED,)}
@@ -85,6 +86,7 @@ _FAILED = {"tasks": [flows.first, flows.fail], "ends": (FlowStatus.FAILED,)}
 SCENARIOS = {
     "run": Scenario(tasks=[flows.first, flows.flaky, flows.book, flows.last]),
     "in slices": Scenario(tasks=[flows.first, flows.last], act=run_in_slices),
+    "limited": Scenario(tasks=[flows.first, flows.last], max_running=1),
     "failure": Scenario(**_FAILED),
     "cancellation": Scenario(
         tasks=[flows.first, flows.cancel, flows.last], ends=(FlowStatus.CANCELLED,)
@@ -147,7 +149,9 @@ def _burn(name: str, count: Count) -> dict[str, Scenario]:
     scenario, cases = SCENARIOS[name], {}
 
     def prepare(case: str) -> str:
-        flow_runner.register_flow_template(FlowTemplate(case, tasks=scenario.tasks))
+        flow_runner.register_flow_template(
+            FlowTemplate(case, tasks=scenario.tasks, max_running=scenario.max_running)
+        )
         cases[case] = scenario
         if scenario.dies is not None:
             _in_a_process(partial(scenario.dies, case))

@@ -7,6 +7,8 @@ import random
 import signal
 import time
 
+from django.db import connection
+
 from ebbs_and_flows import ExecutionContext, FlowTemplate, Retry, flow_runner, task
 
 from .evidence import noted
@@ -95,6 +97,20 @@ def moody(context: ExecutionContext) -> ExecutionContext:
     return context.with_entries(moody=context.attempt)
 
 
+@task(timeout=0.5, retry=AGAIN)
+@noted
+def stuck(context: ExecutionContext) -> ExecutionContext:
+    """Take too long now and then, in the middle of a query where there is a server."""
+    if random.random() < 0.02:
+        if connection.vendor == "sqlite":
+            time.sleep(2)
+        else:
+            function = "pg_sleep" if connection.vendor == "postgresql" else "SLEEP"
+            with connection.cursor() as cursor:
+                cursor.execute(f"SELECT {function}(2)")
+    return context.with_entries(stuck=context.attempt)
+
+
 @task(atomic=True, retry=AGAIN)
 @noted
 def order(context: ExecutionContext) -> ExecutionContext:
@@ -112,7 +128,7 @@ def appended(context: ExecutionContext) -> ExecutionContext:
     return context.with_entries(appended=context.attempt)
 
 
-STORM = FlowTemplate("storm", tasks=[quick, moody, slow, order])
+STORM = FlowTemplate("storm", tasks=[quick, moody, slow, stuck, order])
 if os.environ.get("EBBS_CHAOS_RELEASE") == "2":
     STORM.add_task(appended)
 flow_runner.register_flow_template(STORM)
