@@ -123,5 +123,3 @@ def test_bulk_scheduling_takes_a_few_statements(runner: FlowRunner) -> None:
     assert len({flow.pk for flow in flows}) == 1000
     # Of the flows, SQLite takes 33 in one statement. Eight of them wake a worker each.
     assert len(made) <= (60 if connection.vendor == "sqlite" else 30)
-        sql[:60] for sql, _ in made
-    ]
