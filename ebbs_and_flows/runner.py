@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import wraps
@@ -30,6 +31,8 @@ logger = logging.getLogger("ebbs_and_flows")
 
 MOST_WAKE_UPS = 8
 """How many workers are woken for flows that come together; the pacemakers wake further ones."""
+_CLAIM_PAUSES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2)
+"""Seconds between tries to claim what is there and was locked by others at each look."""
 SHORTEST_WAIT = 0.005
 """Seconds between two looks of a pacemaker at least."""
 
@@ -369,14 +372,17 @@ class FlowRunner:
         repository.check_no_outer_transaction()
         wanted = CLAIMABLE if statuses is None else statuses
         chosen = self._chosen(templates)
-        while self._look(wanted, chosen):
+        for pause in _CLAIM_PAUSES:
+            if not self._look(wanted, chosen):
+                return None
             run = self.service.claim(chosen.values(), worker_name(), wanted)
             if run is not None:
                 self._run(run, Worker(self.service, stop=stop, on_task=on_task))
                 return self.service.get_flow_execution(run.flow)
-            # Others were faster with what was ready, or it may not be claimed.
+            # Others were faster with all that was seen, or it may not be claimed.
             if not self.service.can_claim(chosen.values(), wanted):
                 return None
+            time.sleep(pause)
         return None
 
     def _chosen(self, templates: Iterable[str] | None) -> dict[str, FlowTemplate]:
@@ -453,7 +459,8 @@ class FlowRunner:
             worker.run(run, template)
 
     def _dispatch(self, flow: FlowExecution) -> None:
-        if flow.run_at <= self.service.repository.now():
+        # A flow that is for later has no rank yet: a pacemaker wakes a worker for it.
+        if flow.ready_rank is not None:
             get_engine().dispatch(self.service.repository.using)
 
 
