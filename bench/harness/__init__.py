@@ -1,0 +1,1 @@
+"""What every benchmark shares; none of it knows what it measures."""

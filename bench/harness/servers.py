@@ -1,0 +1,108 @@
+"""Places for a benchmark's data, made for it and removed after it; what serves them, in words."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sqlite3
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psycopg
+
+PG = {
+    "host": os.environ.get("PGHOST", "127.0.0.1"),
+    "port": os.environ.get("PGPORT", "5432"),
+    "user": os.environ.get("PGUSER", "postgres"),
+    "password": os.environ.get("PGPASSWORD", ""),
+}
+REDIS_HOST = os.environ.get("REDIS_HOST", "127.0.0.1")
+REDIS_PORT = os.environ.get("REDIS_PORT", "6379")
+# The one of the server's numbered databases that is emptied before and after.
+REDIS_NUMBER = os.environ.get("BENCH_REDIS_DB", "13")
+
+
+def _administer(statement: str) -> None:
+    with psycopg.connect(**PG, dbname="postgres", autocommit=True) as connection:
+        connection.execute(statement)
+
+
+@contextmanager
+def postgresql_database(name: str) -> Iterator[str]:
+    """Make an empty database and yield its URL; drop it in the end."""
+    database = f"bench_{os.getpid()}_{name}".lower()
+    _administer(f'CREATE DATABASE "{database}"')
+    try:
+        secret = f":{PG['password']}" if PG["password"] else ""
+        yield f"postgresql://{PG['user']}{secret}@{PG['host']}:{PG['port']}/{database}"
+    finally:
+        _administer(f'DROP DATABASE "{database}" WITH (FORCE)')
+
+
+@contextmanager
+def redis_database() -> Iterator[str]:
+    """Empty one numbered database of the Redis server and yield its URL; empty it in the end."""
+    import redis
+
+    url = f"redis://{REDIS_HOST}:{REDIS_PORT}/{REDIS_NUMBER}"
+    with redis.from_url(url) as connection:
+        connection.flushdb()
+        try:
+            yield url
+        finally:
+            connection.flushdb()
+
+
+@contextmanager
+def place(variant: str, name: str) -> Iterator[tuple[str, str]]:
+    """Yield the URL (or file) and the folder for a contender's data on that kind of server."""
+    with tempfile.TemporaryDirectory(prefix=f"bench-{name}-") as folder:
+        kind = variant.split("-")[0]
+        if kind == "postgresql":
+            with postgresql_database(name) as url:
+                yield url, folder
+        elif kind == "redis":
+            with redis_database() as url:
+                yield url, folder
+        else:
+            yield str(Path(folder) / "bench.sqlite3"), folder
+
+
+def describe() -> list[str]:
+    """Return a line for the machine and one for each server, with the settings that matter."""
+    lines = [
+        f"{platform.system()} {platform.release()}, {os.cpu_count()} cores,"
+        f" Python {platform.python_version()}"
+    ]
+    names = ("fsync", "synchronous_commit", "wal_sync_method", "full_page_writes")
+    with psycopg.connect(**PG, dbname="postgres") as connection:
+        version = connection.execute("SHOW server_version").fetchone()
+        shown = [(name, connection.execute(f"SHOW {name}").fetchone()) for name in names]
+    settings = ", ".join(f"{name}={value[0]}" for name, value in shown if value)
+    lines.append(f"PostgreSQL {version[0] if version else '?'} over TCP: {settings}")
+    lines.append(
+        f"SQLite {sqlite3.sqlite_version}: ours with journal_mode=WAL, synchronous=NORMAL;"
+        f" each peer with its own default"
+    )
+    try:
+        import redis
+
+        with redis.from_url(f"redis://{REDIS_HOST}:{REDIS_PORT}/{REDIS_NUMBER}") as connection:
+            version = connection.info("server")["redis_version"]
+            save = connection.config_get("save")["save"] or "none"
+            aof = connection.config_get("appendonly")["appendonly"]
+        lines.append(f"Redis {version}: appendonly={aof}, snapshots: {save}")
+    except (ImportError, OSError) as error:
+        lines.append(f"Redis: none ({error})")
+    return lines
+
+
+def commit() -> str:
+    """Return the revision of the code that is measured."""
+    ran = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], check=False, capture_output=True, text=True
+    )
+    return ran.stdout.strip() or "unknown"

@@ -1,0 +1,1 @@
+"""Ours: a small Django project as a user would set it up."""
