@@ -24,6 +24,14 @@ STAMP = struct.Struct("=qii")
 SCHEDULED = -1
 """The task number of the stamp that is made just before a flow is scheduled."""
 
+REDIS = {
+    "host": os.environ.get("REDIS_HOST", "127.0.0.1"),
+    "port": int(os.environ.get("REDIS_PORT", "6379")),
+    # The numbered database that is emptied before and after.
+    "db": int(os.environ.get("BENCH_REDIS_DB", "13")),
+}
+REDIS_URL = "redis://{host}:{port}/{db}".format(**REDIS)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Order:

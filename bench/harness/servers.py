@@ -8,10 +8,12 @@ import sqlite3
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import psycopg
+
+from .contender import REDIS_URL
 
 PG = {
     "host": os.environ.get("PGHOST", "127.0.0.1"),
@@ -19,10 +21,6 @@ PG = {
     "user": os.environ.get("PGUSER", "postgres"),
     "password": os.environ.get("PGPASSWORD", ""),
 }
-REDIS_HOST = os.environ.get("REDIS_HOST", "127.0.0.1")
-REDIS_PORT = os.environ.get("REDIS_PORT", "6379")
-# The one of the server's numbered databases that is emptied before and after.
-REDIS_NUMBER = os.environ.get("BENCH_REDIS_DB", "13")
 
 
 def _administer(statement: str) -> None:
@@ -47,11 +45,10 @@ def redis_database() -> Iterator[str]:
     """Empty one numbered database of the Redis server and yield its URL; empty it in the end."""
     import redis
 
-    url = f"redis://{REDIS_HOST}:{REDIS_PORT}/{REDIS_NUMBER}"
-    with redis.from_url(url) as connection:
+    with redis.from_url(REDIS_URL) as connection:
         connection.flushdb()
         try:
-            yield url
+            yield REDIS_URL
         finally:
             connection.flushdb()
 
@@ -59,16 +56,15 @@ def redis_database() -> Iterator[str]:
 @contextmanager
 def place(variant: str, name: str) -> Iterator[tuple[str, str]]:
     """Yield the URL (or file) and the folder for a contender's data on that kind of server."""
-    with tempfile.TemporaryDirectory(prefix=f"bench-{name}-") as folder:
-        kind = variant.split("-")[0]
-        if kind == "postgresql":
-            with postgresql_database(name) as url:
-                yield url, folder
-        elif kind == "redis":
-            with redis_database() as url:
-                yield url, folder
-        else:
-            yield str(Path(folder) / "bench.sqlite3"), folder
+    servers = variant.split("-")
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=f"bench-{name}-"))
+        url = str(Path(folder) / "bench.sqlite3")
+        if "redis" in servers:
+            url = stack.enter_context(redis_database())
+        if "postgresql" in servers:
+            url = stack.enter_context(postgresql_database(name))
+        yield url, folder
 
 
 def describe() -> list[str]:
@@ -90,7 +86,7 @@ def describe() -> list[str]:
     try:
         import redis
 
-        with redis.from_url(f"redis://{REDIS_HOST}:{REDIS_PORT}/{REDIS_NUMBER}") as connection:
+        with redis.from_url(REDIS_URL) as connection:
             version = connection.info("server")["redis_version"]
             save = connection.config_get("save")["save"] or "none"
             aof = connection.config_get("appendonly")["appendonly"]
