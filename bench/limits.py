@@ -18,18 +18,26 @@ import django
 from bench.harness.contender import Order, main, stamp
 
 L1 = "UPDATE ebbs_and_flows_flowexecution SET lease_expires_at = {later} WHERE id = {p}"
-L2 = (
-    "UPDATE ebbs_and_flows_flowexecution SET current_task_index = {p}, forgiven_attempts = 0,"
-    " interruptions = 0, lease_expires_at = {later}"
-    " WHERE id = {p} AND claim = 1 AND status = 'RUNNING' AND NOT cancel_requested",
-    "UPDATE ebbs_and_flows_taskexecution SET status = 'SUCCEEDED', finished_at = {now}"
-    " WHERE id = {p} AND status = 'RUNNING'",
-    "INSERT INTO ebbs_and_flows_executioncontextentry"
-    " (flow_execution_id, name, value, task_execution_id) VALUES ({p}, {p}, {p}, {p})",
-    "INSERT INTO ebbs_and_flows_taskexecution (flow_execution_id, task_index, task_name, attempt,"
-    " claim, status, started_at, output, log, error_type)"
-    " VALUES ({p}, {p}, {p}, 1, 1, 'RUNNING', {now}, '', '', '') RETURNING id",
-)
+ADVANCE = """
+UPDATE ebbs_and_flows_flowexecution
+SET current_task_index = {p}, forgiven_attempts = 0, interruptions = 0, lease_expires_at = {later}
+WHERE id = {p} AND claim = 1 AND status = 'RUNNING' AND NOT cancel_requested
+"""
+FINISH = """
+UPDATE ebbs_and_flows_taskexecution SET status = 'SUCCEEDED', finished_at = {now}
+WHERE id = {p} AND status = 'RUNNING'
+"""
+ADD = """
+INSERT INTO ebbs_and_flows_executioncontextentry
+    (flow_execution_id, name, value, task_execution_id)
+VALUES ({p}, {p}, {p}, {p})
+"""
+START = """
+INSERT INTO ebbs_and_flows_taskexecution (flow_execution_id, task_index, task_name, attempt, claim,
+    status, started_at, output, log, error_type)
+VALUES ({p}, {p}, {p}, 1, 1, 'RUNNING', {now}, '', '', '') RETURNING id
+"""
+L2 = (ADVANCE, FINISH, ADD, START)
 POSTGRESQL = {
     "p": "%s",
     "now": "STATEMENT_TIMESTAMP()",

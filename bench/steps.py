@@ -1,105 +1,100 @@
 """What a step costs: W1, W10 and W100 of ours, of the limits and of the peers, in turns.
 
-`python -m bench.steps [--rounds 5] [--only NAME] [--without-peers]`
+A step is a task with its share of everything around it: the flow's time, its claim and its end
+included, divided by its tasks. The flows are scheduled before; one worker runs them.
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
+from collections.abc import Sequence
 
-from bench.harness import servers
-from bench.harness.sampling import Contender, Entry, SampleFailed, entered, seconds_a_step, take
+from bench.contenders import LIMITS, OURS, PEERS, arguments, chosen, versions
+from bench.harness import sampling
+from bench.harness.results import Results
+from bench.harness.sampling import Entry, SampleFailed, entered, seconds_a_step, take
 
-OURS = [
-    Contender("ebbs_and_flows", "bench.ours.contender", "postgresql"),
-    Contender("ebbs_and_flows", "bench.ours.contender", "sqlite"),
-]
-LIMITS = [
-    Contender("L1: one UPDATE", "bench.limits", "postgresql-L1"),
-    Contender("L2: a step's statements", "bench.limits", "postgresql-L2"),
-    Contender("L1: one UPDATE", "bench.limits", "sqlite-L1"),
-    Contender("L2: a step's statements", "bench.limits", "sqlite-L2"),
-]
-PEERS = [
-    Contender("DBOS Transact", "bench.peers.dbos", "postgresql"),
-    Contender("DBOS Transact", "bench.peers.dbos", "sqlite"),
-    Contender("Absurd", "bench.peers.absurd", "postgresql"),
-    Contender("Procrastinate", "bench.peers.procrastinate", "postgresql"),
-    Contender("Celery chain", "bench.peers.celery", "postgresql-redis"),
-    Contender("django-q2 chain", "bench.peers.django_q2", "postgresql"),
-    Contender("django-q2 chain", "bench.peers.django_q2", "postgresql-redis"),
-    Contender("huey pipeline", "bench.peers.huey", "sqlite"),
-    Contender("huey pipeline", "bench.peers.huey", "redis"),
-    Contender("django-tasks-db", "bench.peers.django_tasks_db", "postgresql"),
-    Contender("Prefect", "bench.peers.prefect", "sqlite", share=0.1),
-]
 # Tasks a flow: flows a sample.
 FLOWS = {1: 300, 10: 50, 100: 5}
+# Step 1 is the second one: before the first one comes the claim.
+FIRST, LAST = range(1, 6), range(95, 100)
 
 
-def measure(
-    entries: list[Entry], lengths: tuple[int, ...], rounds: int, seconds: float = 120
-) -> None:
+def measure(entries: Sequence[Entry], lengths: Sequence[int], rounds: int) -> None:
     """Take `rounds` samples of each workload of each contender, in turns."""
     for length in lengths:
         for number in range(rounds):
             for entry in entries:
-                if entry.order is None or entry.reason:
+                if entry.reason:
                     continue
                 flows = max(3, round(FLOWS[length] * entry.contender.share))
                 try:
-                    stamps = take(entry, flows=flows, tasks=length, seconds=seconds)
+                    stamps = take(entry, flows=flows, tasks=length)
                 except SampleFailed as failed:
                     entry.reason = str(failed)
                     print(f"  {entry.contender.label} has failed: {failed}", flush=True)
                     continue
                 cost = seconds_a_step(stamps)
                 entry.samples.setdefault(f"W{length}", []).append(cost)
+                if length == 100:
+                    for name, steps in (("first", FIRST), ("last", LAST)):
+                        entry.samples.setdefault(name, []).append(_interval(stamps, steps))
                 print(
-                    f"  W{length} {number + 1}/{rounds} {entry.contender.label:40}"
+                    f"  W{length} {number + 1}/{rounds} {entry.contender.label:45}"
                     f" {cost * 1000:8.3f} ms a step",
                     flush=True,
                 )
 
 
-def show(entries: list[Entry]) -> None:
-    """Print the medians, with the least and the greatest sample."""
-    for entry in entries:
-        if entry.reason:
-            print(f"{entry.contender.label:40} not run: {entry.reason}")
-        for workload, samples in entry.samples.items():
-            print(
-                f"{entry.contender.label:40} {workload:5} {statistics.median(samples) * 1000:8.3f}"
-                f" ms ({min(samples) * 1000:.3f} to {max(samples) * 1000:.3f})"
-            )
-
-
-def arguments(description: str | None) -> argparse.ArgumentParser:
-    """Return the options that choose rounds and contenders."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", action="append", help="A part of a contender's label.")
-    parser.add_argument("--without-peers", action="store_true")
-    return parser
-
-
-def chosen(options: argparse.Namespace, contenders: list[Contender]) -> list[Contender]:
-    """Return the contenders that the options leave."""
-    return [
-        contender
-        for contender in contenders
-        if not options.only
-        or any(part.lower() in contender.label.lower() for part in options.only)
+def _interval(stamps: Sequence[sampling.Stamp], steps: range) -> float:
+    """Return the median time from one task to the next, at those places of a flow."""
+    moments = {(flow, task): moment for moment, flow, task in stamps}
+    found = [
+        moments[flow, task + 1] - moments[flow, task]
+        for flow, task in moments
+        if task in steps and (flow, task + 1) in moments
     ]
+    return statistics.median(found) / 1e9
+
+
+def result(entries: Sequence[Entry]) -> Results:
+    """Return the medians, and the goals that follow from them."""
+    results = Results("steps", versions=versions([entry.contender for entry in entries]))
+    cost: dict[str, float] = {}
+    for entry in entries:
+        label = entry.contender.label
+        if entry.reason:
+            results.reasons[label] = entry.reason
+        for workload, samples in entry.samples.items():
+            median = statistics.median(samples) * 1000
+            cost[f"{label} {workload}"] = median
+            if workload.startswith("W"):
+                results.put(label, f"{workload}, ms a step", f"{median:.3g}")
+                print(
+                    f"{label:45} {workload:5} {median:8.3f} ms"
+                    f" ({min(samples) * 1000:.3f} to {max(samples) * 1000:.3f})"
+                )
+
+    def hold(text: str, ours: str, other: str, limit: float) -> None:
+        if ours in cost and other in cost:
+            shown = f"{text} ({cost[ours]:.3g} against {cost[other]:.3g} ms)"
+            results.hold(shown, cost[ours] / cost[other], limit)
+
+    postgresql, sqlite = "ebbs_and_flows, postgresql", "ebbs_and_flows, sqlite"
+    hold("PostgreSQL, W10 / L1", f"{postgresql} W10", "L1: one UPDATE, postgresql-L1 W10", 1.6)
+    hold("PostgreSQL, W10 / Absurd", f"{postgresql} W10", "Absurd, postgresql W10", 0.999)
+    hold("PostgreSQL, W10 / DBOS", f"{postgresql} W10", "DBOS Transact, postgresql W10", 0.3)
+    hold("SQLite, W10 / L2", f"{sqlite} W10", "L2: a step's statements, sqlite-L2 W10", 1.5)
+    hold("SQLite, W10 / DBOS", f"{sqlite} W10", "DBOS Transact, sqlite W10", 0.12)
+    for name, label in (("PostgreSQL", postgresql), ("SQLite", sqlite)):
+        hold(f"{name}, step 100 / step 1", f"{label} last", f"{label} first", 1.2)
+    return results
 
 
 if __name__ == "__main__":
     given = arguments(__doc__)
-    given.add_argument("--lengths", default="1,10,100")
+    given.add_argument("--lengths", default="1,10,100", help="Tasks a flow.")
     options = given.parse_args()
-    print(*servers.describe(), sep="\n")
-    everybody = [*LIMITS, *OURS, *([] if options.without_peers else PEERS)]
-    with entered(chosen(options, everybody)) as taking_part:
-        measure(taking_part, tuple(map(int, options.lengths.split(","))), options.rounds)
-        show(taking_part)
+    with entered(chosen(options, [*LIMITS, *OURS, *PEERS])) as taking_part:
+        measure(taking_part, [int(text) for text in options.lengths.split(",")], options.rounds)
+        result(taking_part).save()

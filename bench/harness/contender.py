@@ -99,8 +99,8 @@ def read_stamps(path: str) -> list[tuple[int, int, int]]:
 def _paced(order: Order) -> Iterable[int]:
     """Yield a flow's number, each a moment after the flow before it has begun."""
     for flow in range(order.flows):
-        # The gap is no multiple of anybody's polling.
-        time.sleep(0.05 + 0.013 * (flow % 11))
+        # Spread evenly over a second, so that it falls on any moment of somebody's polling.
+        time.sleep(0.05 + 0.377 * flow % 1)
         stamp(flow, SCHEDULED)
         yield flow
         ends_at = time.monotonic() + 30

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 import signal
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from .contender import SCHEDULED, Order, read_stamps
 from .servers import place
+
+Stamp = tuple[int, int, int]
+"""Nanoseconds, a flow's number, a task's number."""
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 ENVIRONMENTS = ROOT / "bench" / ".venvs"
@@ -51,10 +53,6 @@ class Entry:
     order: Order | None = None
     reason: str = ""
     samples: dict[str, list[float]] = field(default_factory=dict)
-
-    def median(self, workload: str) -> float | None:
-        taken = self.samples.get(workload)
-        return statistics.median(taken) if taken else None
 
 
 class SampleFailed(Exception):
@@ -97,14 +95,10 @@ def stop(processes: Iterable[subprocess.Popen[bytes]]) -> None:
         if process.poll() is None:
             process.terminate()
     for process in processes:
-        try:
+        with suppress(subprocess.TimeoutExpired):
             process.wait(8)
-        except subprocess.TimeoutExpired:
-            pass
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         process.wait()
 
 
@@ -129,7 +123,7 @@ def entered(contenders: Sequence[Contender]) -> Iterator[list[Entry]]:
         yield entries
 
 
-def take(entry: Entry, *, seconds: float = 120, **options: object) -> list[tuple[int, int, int]]:
+def take(entry: Entry, *, seconds: float = 120, **options: object) -> list[Stamp]:
     """Let a contender run one order and return its stamps; raises `SampleFailed`.
 
     Flows are scheduled first and then drained by fresh workers, or, for latencies, one by one
@@ -159,7 +153,7 @@ def take(entry: Entry, *, seconds: float = 120, **options: object) -> list[tuple
 
 def _wait_for(
     wanted: int, order: Order, workers: Sequence[subprocess.Popen[bytes]], seconds: float
-) -> list[tuple[int, int, int]]:
+) -> list[Stamp]:
     ends_at = time.monotonic() + seconds
     count_before = -1
     while True:
@@ -176,14 +170,14 @@ def _wait_for(
         time.sleep(0.1)
 
 
-def seconds_a_step(stamps: Sequence[tuple[int, int, int]]) -> float:
+def seconds_a_step(stamps: Sequence[Stamp]) -> float:
     """Return the mean time from one task to the next, after the warm-up."""
     moments = [moment for moment, _, task in stamps if task != SCHEDULED]
     moments = moments[int(len(moments) * WARM_UP) :]
     return (moments[-1] - moments[0]) / (len(moments) - 1) / 1e9
 
 
-def latencies(stamps: Sequence[tuple[int, int, int]]) -> list[float]:
+def latencies(stamps: Sequence[Stamp]) -> list[float]:
     """Return the seconds from a flow's scheduling to its first task, without the first flow's."""
     scheduled = {flow: moment for moment, flow, task in stamps if task == SCHEDULED}
     begun = {flow: moment for moment, flow, task in stamps if task == 0}

@@ -69,10 +69,8 @@ def place(variant: str, name: str) -> Iterator[tuple[str, str]]:
 
 def describe() -> list[str]:
     """Return a line for the machine and one for each server, with the settings that matter."""
-    lines = [
-        f"{platform.system()} {platform.release()}, {os.cpu_count()} cores,"
-        f" Python {platform.python_version()}"
-    ]
+    system = f"{platform.system()} {platform.release()}, {os.cpu_count()} cores"
+    lines = [f"{system}, Python {platform.python_version()}"]
     names = ("fsync", "synchronous_commit", "wal_sync_method", "full_page_writes")
     with psycopg.connect(**PG, dbname="postgres") as connection:
         version = connection.execute("SHOW server_version").fetchone()

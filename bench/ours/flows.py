@@ -1,4 +1,4 @@
-"""Flows of 1, 3, 10 and 100 small tasks; each task adds one small entry."""
+"""Flows of 1, 3, 10 and 100 small tasks, and those that stand in the way of a claim."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Step(Task):
 
     def run(self, context: ExecutionContext) -> ExecutionContext:
         return context.with_entries(
-            **{f"value_{self.index}": do_task(context["flow"], self.index)}
+            **{f"value_{self.index}": do_task(context.get("flow", 0), self.index)}
         )
 
 
@@ -23,3 +23,5 @@ for length in (1, 3, 10, 100):
     flow_runner.register_flow_template(
         FlowTemplate(f"W{length}", tasks=[Step(index) for index in range(length)])
     )
+flow_runner.register_flow_template(FlowTemplate("paused", tasks=[Step(0)]))
+flow_runner.register_flow_template(FlowTemplate("full", tasks=[Step(0)], max_running=1))
