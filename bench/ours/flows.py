@@ -1,4 +1,4 @@
-"""Flows of 1, 3, 10 and 100 small tasks, and those that stand in the way of a claim."""
+"""Flows of 1, 3, 10 and 100 small tasks."""
 
 from __future__ import annotations
 
@@ -23,5 +23,9 @@ for length in (1, 3, 10, 100):
     flow_runner.register_flow_template(
         FlowTemplate(f"W{length}", tasks=[Step(index) for index in range(length)])
     )
-flow_runner.register_flow_template(FlowTemplate("paused", tasks=[Step(0)]))
-flow_runner.register_flow_template(FlowTemplate("full", tasks=[Step(0)], max_running=1))
+
+
+def register_obstacles() -> None:
+    """Register the templates whose flows stand in the way of a claim."""
+    flow_runner.register_flow_template(FlowTemplate("paused", tasks=[Step(0)]))
+    flow_runner.register_flow_template(FlowTemplate("full", tasks=[Step(0)], max_running=1))
