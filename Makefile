@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo demo-once test chaos chaos-short bench-background lint format package clean
+.PHONY: demo demo-once test chaos chaos-short bench bench-quick bench-background lint format package clean
 
 # Real data through real flows on SQLite, then the admin until Ctrl-C.
 demo: $(VENV)/demo.stamp
@@ -46,6 +46,14 @@ package: $(VENV)/lint.stamp
 	$(PYTHON) -m venv $(VENV)/empty
 	$(VENV)/empty/bin/pip install --quiet dist/*.whl
 	cd $(VENV) && empty/bin/python ../tests/installed.py
+
+# Ours, the limits and the peers, on this machine's PostgreSQL, SQLite and Redis: an hour. Writes
+# docs/benchmarks.md.
+bench: $(VENV)/test.stamp
+	$(BIN)/python -m bench
+
+bench-quick: $(VENV)/test.stamp
+	$(BIN)/python -m bench --quick
 
 clean:
 	rm -rf $(VENV) build dist demo_project/var *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

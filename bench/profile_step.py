@@ -4,8 +4,6 @@ The database's is the time within the driver's calls, measured where the driver 
 server (psycopg) or runs the engine (sqlite3), whoever calls it. What is left is Python's own: our
 code, Django's, and the task's. It is measured without a profiler, which would change it; the list
 of functions that follows is a profiler's, so only its proportions count.
-
-With `--url` an existing database is used, which may be that of another service level.
 """
 
 from __future__ import annotations
@@ -16,10 +14,11 @@ import os
 import pstats
 import sqlite3
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from dataclasses import replace as replaced
+from dataclasses import dataclass
 from typing import Any
 
 from bench.harness.contender import Order
@@ -33,7 +32,6 @@ class Clock:
 
     seconds: float = 0
     calls: int = 0
-    statements: dict[str, int] = field(default_factory=dict)
 
     def timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return the function, with the time of its calls added up here."""
@@ -130,15 +128,14 @@ def main() -> None:
     options = parser.parse_args()
     if options.database is None:
         # One process knows one database.
-        import subprocess
-        import sys
-
         results = Results("profile")
         for vendor in ("postgresql", "sqlite"):
             ran = subprocess.run(
-                [sys.executable, "-m", "bench.profile_step", "--database", vendor]
-                + ["--tasks", str(options.tasks), "--flows", str(options.flows)]
-                + ["--lines", str(options.lines)],
+                [
+                    *(sys.executable, "-m", "bench.profile_step", "--database", vendor),
+                    *("--tasks", str(options.tasks), "--flows", str(options.flows)),
+                    *("--lines", str(options.lines)),
+                ],
                 check=True,
                 stdout=subprocess.PIPE,
                 text=True,
@@ -149,7 +146,7 @@ def main() -> None:
         results.save()
         return
     with place(options.database, "profile") as (url, folder):
-        order = replaced(Order(variant=options.database, url=url, directory=folder))
+        order = Order(variant=options.database, url=url, directory=folder)
         os.environ.update(order.environment, DJANGO_SETTINGS_MODULE="bench.ours.settings")
         import django
 
