@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
+import signal
 import sqlite3
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -56,6 +58,8 @@ def redis_database() -> Iterator[str]:
 @contextmanager
 def place(variant: str, name: str) -> Iterator[tuple[str, str]]:
     """Yield the URL (or file) and the folder for a contender's data on that kind of server."""
+    # So that what was made is removed when the benchmark is ended from outside.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     servers = variant.split("-")
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=f"bench-{name}-"))
