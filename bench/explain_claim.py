@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from bench.claim import SCENES
 from bench.harness.contender import Order
 from bench.harness.servers import place
 
@@ -42,14 +43,22 @@ def explain(statement: Statement, using: str = "default") -> str:
     sql, params = statement
     with connection.cursor() as cursor:
         cursor.execute(prefix + sql, params)
-        return "\n".join(str(row[-1]) for row in cursor.fetchall())
+        rows = cursor.fetchall()
+    if connection.vendor != "sqlite":
+        return "\n".join(str(row[-1]) for row in rows)
+    # A node's id, its parent's, and its text.
+    depth = {0: -1}
+    for node, parent, *_ in rows:
+        depth[node] = depth[parent] + 1
+    return "\n".join("  " * depth[node] + text for node, *_, text in rows)
 
 
 def explain_claim(using: str = "default") -> str:
-    """Return the plans of all that claiming a flow of the registered templates asks for."""
+    """Return the plans of all that finding and claiming a flow of the templates asks for."""
     from ebbs_and_flows import flow_runner
 
     def claim() -> None:
+        flow_runner.has_work()
         flow_runner.service.claim(flow_runner.templates.values(), "explained")
 
     return "\n\n".join(
@@ -63,6 +72,7 @@ def main() -> None:
     """Print the plans over the large tables, or smaller ones."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--database", choices=["postgresql", "sqlite"], default="postgresql")
+    parser.add_argument("--scene", choices=SCENES, default="large", help="As in bench.claim.")
     parser.add_argument("--scale", type=float, default=0.1, help="1: a million finished flows.")
     options = parser.parse_args()
     with place(options.database, "explain") as (url, folder):
@@ -76,7 +86,7 @@ def main() -> None:
         from bench.ours.seed import fill
 
         call_command("migrate", verbosity=0)
-        fill("large", options.scale)
+        fill(options.scene, options.scale)
         print(explain_claim())
         connections.close_all()
 
