@@ -26,8 +26,8 @@ flat: ours, the limits of the databases, and the best peers, in one harness.
 A step is one task with its share of everything around it: its flow's claim and end. Every task
 returns one small value. Each contender is installed as its own documentation shows, with its own
 durable default, in an environment of its own; nobody's durability is lowered. Samples are taken
-in turns (A B C A B C …), and the medians are shown. Absolute times are this machine's: compare
-within a column.
+in turns (A B C A B C …); shown are the medians, and the least in brackets. Absolute times are this
+machine's: compare within a column.
 
 Make them yourself with `make bench`; [bench/README.md](../bench/README.md) tells how, and what a
 profile says.
@@ -119,7 +119,7 @@ def write() -> Path:
     lines = [INTRODUCTION]
     steps = next((part for part in parts if part.part == "steps"), None)
     plotted = {
-        label: float(columns[PLOTTED])
+        label: float(columns[PLOTTED].split()[0])
         for label, columns in (steps.table if steps else {}).items()
         if PLOTTED in columns
     }

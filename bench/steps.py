@@ -58,18 +58,22 @@ def _interval(stamps: Sequence[sampling.Stamp], steps: range) -> float:
 
 
 def result(entries: Sequence[Entry]) -> Results:
-    """Return the medians, and the goals that follow from them."""
+    """Return the medians, and the goals.
+
+    A ratio is the median of the rounds' own ratios: what disturbs a round disturbs both sides.
+    """
     results = Results("steps", versions=versions([entry.contender for entry in entries]))
-    cost: dict[str, float] = {}
+    cost: dict[str, list[float]] = {}
     for entry in entries:
         label = entry.contender.label
         if entry.reason:
             results.reasons[label] = entry.reason
         for workload, samples in entry.samples.items():
             median = statistics.median(samples) * 1000
-            cost[f"{label} {workload}"] = median
+            cost[f"{label} {workload}"] = samples
             if workload.startswith("W"):
-                results.put(label, f"{workload}, ms a step", f"{median:.3g}")
+                text = f"{median:.3g} ({min(samples) * 1000:.3g})"
+                results.put(label, f"{workload}, ms a step", text)
                 print(
                     f"{label:45} {workload:5} {median:8.3f} ms"
                     f" ({min(samples) * 1000:.3f} to {max(samples) * 1000:.3f})"
@@ -77,8 +81,10 @@ def result(entries: Sequence[Entry]) -> Results:
 
     def hold(text: str, ours: str, other: str, limit: float) -> None:
         if ours in cost and other in cost:
-            shown = f"{text} ({cost[ours]:.3g} against {cost[other]:.3g} ms)"
-            results.hold(shown, cost[ours] / cost[other], limit)
+            mine, its = (statistics.median(cost[one]) * 1000 for one in (ours, other))
+            pairs = zip(cost[ours], cost[other], strict=False)
+            ratio = statistics.median(one / another for one, another in pairs)
+            results.hold(f"{text} ({mine:.3g} against {its:.3g} ms)", ratio, limit)
 
     postgresql, sqlite = "ebbs_and_flows, postgresql", "ebbs_and_flows, sqlite"
     hold("PostgreSQL, W10 / L1", f"{postgresql} W10", "L1: one UPDATE, postgresql-L1 W10", 1.6)
