@@ -23,6 +23,7 @@ from pathlib import Path
 
 from bench.contenders import arguments
 from bench.harness.contender import Order, read_stamps
+from bench.harness.quiet import watch
 from bench.harness.results import Results
 from bench.harness.sampling import ROOT
 from bench.harness.servers import place
@@ -108,6 +109,7 @@ def main() -> None:
         found: dict[tuple[str, str], list[tuple[float, float]]] = {}
         for _ in range(options.rounds):
             for key, order in orders.items():
+                watch.wait()
                 taken = json.loads(_run(order, "time", str(options.claims)))
                 found.setdefault(key, []).extend(map(tuple, taken))
     for variant in variants:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from . import servers
+from .quiet import watch
 
-FOLDER = Path(__file__).resolve().parent.parent / "results"
+FOLDER = Path(os.environ.get("BENCH_RESULTS", Path(__file__).resolve().parent.parent / "results"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +58,9 @@ class Results:
 
     def save(self) -> None:
         """Keep the part and print its goals."""
-        FOLDER.mkdir(exist_ok=True)
+        if watch.sentence:
+            self.notes.append(f"{self.part}: {watch.sentence}")
+        FOLDER.mkdir(parents=True, exist_ok=True)
         (FOLDER / f"{self.part}.json").write_text(json.dumps(asdict(self), indent=1))
         for goal in self.goals:
             print(goal.line)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from .contender import SCHEDULED, Order, read_stamps
+from .quiet import watch
 from .servers import place
 
 Stamp = tuple[int, int, int]
@@ -138,6 +139,7 @@ def take(entry: Entry, *, seconds: float = 120, **options: object) -> list[Stamp
     try:
         if order.purpose != "latency":
             _run(entry.contender, "schedule", order, seconds)
+        watch.wait()
         workers = [_start(entry.contender, "work", order) for _ in range(order.workers)]
         if order.purpose == "latency":
             _run(entry.contender, "schedule", order, seconds)

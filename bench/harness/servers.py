@@ -76,11 +76,17 @@ def describe() -> list[str]:
     system = f"{platform.system()} {platform.release()}, {os.cpu_count()} cores"
     lines = [f"{system}, Python {platform.python_version()}"]
     names = ("fsync", "synchronous_commit", "wal_sync_method", "full_page_writes")
-    with psycopg.connect(**PG, dbname="postgres") as connection:
-        version = connection.execute("SHOW server_version").fetchone()
-        shown = [(name, connection.execute(f"SHOW {name}").fetchone()) for name in names]
-    settings = ", ".join(f"{name}={value[0]}" for name, value in shown if value)
-    lines.append(f"PostgreSQL {version[0] if version else '?'} over TCP: {settings}")
+    try:
+        with psycopg.connect(**PG, dbname="postgres") as connection:
+            shown = {
+                name: connection.execute(f"SHOW {name}").fetchone()
+                for name in ("server_version", *names)
+            }
+        said = {name: row[0] if row else "?" for name, row in shown.items()}
+        settings = ", ".join(f"{name}={said[name]}" for name in names)
+        lines.append(f"PostgreSQL {said['server_version']} over TCP: {settings}")
+    except psycopg.OperationalError as error:
+        lines.append(f"PostgreSQL: none ({str(error).strip()})")
     lines.append(
         f"SQLite {sqlite3.sqlite_version}: ours with journal_mode=WAL, synchronous=NORMAL;"
         f" each peer with its own default"
