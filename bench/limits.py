@@ -142,7 +142,10 @@ def work(order: Order) -> None:
         return
     statements = [text.format(p="?", now="?", later="?") for text in texts]
     connection = sqlite3.connect(order.url, isolation_level=None)
-    connection.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL")
+    # Foreign keys are what Django turns on.
+    connection.executescript(
+        "PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL; PRAGMA foreign_keys=ON"
+    )
     cursor = connection.cursor()
 
     def times() -> list[Any]:
