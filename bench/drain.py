@@ -88,6 +88,9 @@ if __name__ == "__main__":
     given.set_defaults(rounds=3)
     options = given.parse_args()
     with entered(chosen(options, [*OURS, *PEERS_WITH_WORKERS])) as taking_part:
-        delays = [int(text) for text in options.waits.split(",")]
-        measure(taking_part, delays, options.rounds, options.flows)
-        result(taking_part).save()
+        # What was taken until it is ended from outside is kept, too.
+        try:
+            delays = [int(text) for text in options.waits.split(",")]
+            measure(taking_part, delays, options.rounds, options.flows)
+        finally:
+            result(taking_part).save()

@@ -60,5 +60,8 @@ if __name__ == "__main__":
     given.set_defaults(rounds=2)
     options = given.parse_args()
     with entered(chosen(options, [*OURS, *PEERS_WITH_WORKERS])) as taking_part:
-        measure(taking_part, options.rounds, options.flows)
-        result(taking_part).save()
+        # What was taken until it is ended from outside is kept, too.
+        try:
+            measure(taking_part, options.rounds, options.flows)
+        finally:
+            result(taking_part).save()

@@ -104,5 +104,9 @@ if __name__ == "__main__":
     given.add_argument("--lengths", default="10,100,1", help="Tasks a flow.")
     options = given.parse_args()
     with entered(chosen(options, [*LIMITS, *OURS, *PEERS])) as taking_part:
-        measure(taking_part, [int(text) for text in options.lengths.split(",")], options.rounds)
-        result(taking_part).save()
+        # What was taken until it is ended from outside is kept, too.
+        try:
+            wanted = [int(text) for text in options.lengths.split(",")]
+            measure(taking_part, wanted, options.rounds)
+        finally:
+            result(taking_part).save()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,7 @@ class Watch:
     """Waits for quiet moments, and counts in vain."""
 
     # At most, before one sample.
-    seconds: float = 10
+    seconds: float = float(os.environ.get("BENCH_QUIET_SECONDS", "10"))
     samples: int = 0
     disturbed: int = 0
 
