@@ -54,8 +54,10 @@ def test_a_sample_in_which_not_every_task_ran_once_is_refused(variant, complaint
 @pytest.mark.processes
 def test_a_short_run_measures_ours_and_the_limits(tmp_path):
     ran = subprocess.run(
-        [sys.executable, "-m", "bench.steps", "--without-peers"]
-        + ["--rounds", "1", "--lengths", "10", "--only", "sqlite"],
+        [
+            *(sys.executable, "-m", "bench.steps", "--without-peers"),
+            *("--rounds", "1", "--lengths", "10", "--only", "sqlite"),
+        ],
         cwd=ROOT,
         env={**os.environ, "BENCH_RESULTS": str(tmp_path)},
         check=False,

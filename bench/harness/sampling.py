@@ -66,16 +66,16 @@ def _last_line(path: Path) -> str:
 
 
 def _start(contender: Contender, step: str, order: Order) -> subprocess.Popen[bytes]:
-    log = (Path(order.directory) / f"{step}.log").open("wb")
-    return subprocess.Popen(
-        [contender.python, "-m", contender.module, step],
-        cwd=ROOT,
-        env=order.environment,
-        stdin=subprocess.DEVNULL,
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
+    with (Path(order.directory) / f"{step}.log").open("wb") as log:
+        return subprocess.Popen(
+            [contender.python, "-m", contender.module, step],
+            cwd=ROOT,
+            env=order.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
 
 
 def _run(contender: Contender, step: str, order: Order, seconds: float) -> None:
