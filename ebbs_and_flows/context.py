@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import unicodedata
 from collections.abc import Iterator, Mapping
 from typing import Any, Final, Protocol, Self
@@ -13,6 +14,7 @@ from .exceptions import (
     DuplicateEntry,
     EntryTooLarge,
     FrozenContext,
+    InvalidArgument,
     InvalidEntryName,
     ReferencedObjectGone,
     UnreadableValue,
@@ -131,8 +133,14 @@ class ExecutionContext(Mapping[str, Any]):
         """Show how far the task is, in whatever unit, and that it is alive.
 
         It is written at most once a second, and renews the flow's lease. Outside of a task it
-        does nothing.
+        does nothing. Raises `InvalidArgument` for what is no number, or no text.
         """
+        if not (is_number(done) and (total is None or is_number(total))):
+            raise InvalidArgument(
+                f"The progress is {done!r} of {total!r}: give numbers, or no total."
+            )
+        if not isinstance(message, str):
+            raise InvalidArgument(f"The message of the progress is {message!r}: give a text.")
         if self._attempt is not None:
             self._attempt.report_progress(done, total, message)
 
@@ -264,6 +272,11 @@ class ExecutionContext(Mapping[str, Any]):
             raise UnstorableValue(
                 f"The entry {name!r}, a {type(value).__qualname__}, cannot be stored. {error}"
             ) from error
+
+
+def is_number(value: object) -> bool:
+    """Return whether that is a finite number, and no truth value."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _check_size(name: str, text: str, max_bytes: int) -> None:
