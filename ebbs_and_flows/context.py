@@ -38,6 +38,29 @@ class Attempt(Protocol):
     def report_progress(self, done: float, total: float | None, message: str) -> None:
         """Show how far the attempt is."""
 
+    def keep_record(self, record: logging.LogRecord) -> None:
+        """Keep what was logged with the attempt."""
+
+
+class _TaskLogger(logging.LoggerAdapter[logging.Logger]):
+    """Keeps what is INFO or above, whether the project's own logging wants it or not."""
+
+    attempt: Attempt | None = None
+
+    def isEnabledFor(self, level: int) -> bool:  # noqa: N802 - logging's own
+        return level >= logging.INFO or super().isEnabledFor(level)
+
+    def log(self, level: int, msg: object, *args: object, **kwargs: Any) -> None:
+        if super().isEnabledFor(level):
+            # Not this method, but its caller is shown as where it was logged.
+            super().log(
+                level, msg, *args, **{**kwargs, "stacklevel": kwargs.get("stacklevel", 1) + 1}
+            )
+        elif level >= logging.INFO and self.attempt is not None:
+            self.attempt.keep_record(
+                logging.LogRecord(self.logger.name, level, "", 0, msg, args, None)
+            )
+
 
 class ExecutionContext(Mapping[str, Any]):
     """The named values that travel through a flow, and what a task may know of its attempt.
@@ -123,11 +146,17 @@ class ExecutionContext(Mapping[str, Any]):
 
     @property
     def log(self) -> logging.LoggerAdapter[logging.Logger]:
-        """A logger whose records carry the flow and the task, and are kept with the attempt."""
-        return logging.LoggerAdapter(
+        """A logger whose records carry the flow and the task.
+
+        Those of INFO and above are kept with the attempt, whatever the levels of the project's
+        own logging are.
+        """
+        logger = _TaskLogger(
             logging.getLogger("ebbs_and_flows.task"),
             {"flow": self.flow_execution_id, "task": self.task_name, "attempt": self.attempt},
         )
+        logger.attempt = self._attempt
+        return logger
 
     def progress(self, done: float, total: float | None = None, message: str = "") -> None:
         """Show how far the task is, in whatever unit, and that it is alive.
