@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import unicodedata
 from collections.abc import Iterator, Mapping
 from typing import Any, Final, Protocol, Self
@@ -13,6 +14,7 @@ from .exceptions import (
     DuplicateEntry,
     EntryTooLarge,
     FrozenContext,
+    InvalidArgument,
     InvalidEntryName,
     ReferencedObjectGone,
     UnreadableValue,
@@ -35,6 +37,29 @@ class Attempt(Protocol):
 
     def report_progress(self, done: float, total: float | None, message: str) -> None:
         """Show how far the attempt is."""
+
+    def keep_record(self, record: logging.LogRecord) -> None:
+        """Keep what was logged with the attempt."""
+
+
+class _TaskLogger(logging.LoggerAdapter[logging.Logger]):
+    """Keeps what is INFO or above, whether the project's own logging wants it or not."""
+
+    attempt: Attempt | None = None
+
+    def isEnabledFor(self, level: int) -> bool:  # noqa: N802 - logging's own
+        return level >= logging.INFO or super().isEnabledFor(level)
+
+    def log(self, level: int, msg: object, *args: object, **kwargs: Any) -> None:
+        if super().isEnabledFor(level):
+            # Not this method, but its caller is shown as where it was logged.
+            super().log(
+                level, msg, *args, **{**kwargs, "stacklevel": kwargs.get("stacklevel", 1) + 1}
+            )
+        elif level >= logging.INFO and self.attempt is not None:
+            self.attempt.keep_record(
+                logging.LogRecord(self.logger.name, level, "", 0, msg, args, None)
+            )
 
 
 class ExecutionContext(Mapping[str, Any]):
@@ -121,18 +146,30 @@ class ExecutionContext(Mapping[str, Any]):
 
     @property
     def log(self) -> logging.LoggerAdapter[logging.Logger]:
-        """A logger whose records carry the flow and the task, and are kept with the attempt."""
-        return logging.LoggerAdapter(
+        """A logger whose records carry the flow and the task.
+
+        Those of INFO and above are kept with the attempt, whatever the levels of the project's
+        own logging are.
+        """
+        logger = _TaskLogger(
             logging.getLogger("ebbs_and_flows.task"),
             {"flow": self.flow_execution_id, "task": self.task_name, "attempt": self.attempt},
         )
+        logger.attempt = self._attempt
+        return logger
 
     def progress(self, done: float, total: float | None = None, message: str = "") -> None:
         """Show how far the task is, in whatever unit, and that it is alive.
 
         It is written at most once a second, and renews the flow's lease. Outside of a task it
-        does nothing.
+        does nothing. Raises `InvalidArgument` for what is no number, or no text.
         """
+        if not (is_number(done) and (total is None or is_number(total))):
+            raise InvalidArgument(
+                f"The progress is {done!r} of {total!r}: give numbers, or no total."
+            )
+        if not isinstance(message, str):
+            raise InvalidArgument(f"The message of the progress is {message!r}: give a text.")
         if self._attempt is not None:
             self._attempt.report_progress(done, total, message)
 
@@ -264,6 +301,11 @@ class ExecutionContext(Mapping[str, Any]):
             raise UnstorableValue(
                 f"The entry {name!r}, a {type(value).__qualname__}, cannot be stored. {error}"
             ) from error
+
+
+def is_number(value: object) -> bool:
+    """Return whether that is a finite number, and no truth value."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _check_size(name: str, text: str, max_bytes: int) -> None:

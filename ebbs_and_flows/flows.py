@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 import random
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Any, ClassVar, overload
 from django.db.models import QuerySet
 from django.forms.forms import BaseForm
 
-from .context import ExecutionContext
+from .context import ExecutionContext, is_number
 from .exceptions import (
     MAX_DELAY_SECONDS,
     InvalidFlowTemplate,
@@ -37,10 +36,6 @@ def _checked_name(kind: str, name: object) -> str:
             f" characters."
         )
     return name
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _exception_types(field: str, types: Any) -> tuple[type[BaseException], ...]:
@@ -81,7 +76,7 @@ class Retry:
             )
         for field, least in (("delay", 0), ("backoff", 1), ("max_delay", 0)):
             value = getattr(self, field)
-            if not _is_number(value) or not least <= value <= MAX_DELAY_SECONDS:
+            if not is_number(value) or not least <= value <= MAX_DELAY_SECONDS:
                 raise InvalidFlowTemplate(
                     f"Retry({field}={value!r}): give a number from {least} to {MAX_DELAY_SECONDS}."
                 )
@@ -223,7 +218,7 @@ class FlowTemplate:
                 f" more, or None."
             )
         if deadline is not None and not (
-            _is_number(deadline) and 0 < deadline <= MAX_DELAY_SECONDS
+            is_number(deadline) and 0 < deadline <= MAX_DELAY_SECONDS
         ):
             raise InvalidFlowTemplate(
                 f"Template {name!r} has deadline = {deadline!r}: give seconds above 0 and at most"
@@ -312,7 +307,7 @@ class FlowTemplate:
                 f"Task {task.name!r} has retry = {task.retry!r}: give it a Retry(…) or None."
             )
         timeout: object = task.timeout
-        if timeout is not None and not (_is_number(timeout) and timeout > 0):  # type: ignore[operator]
+        if timeout is not None and not (is_number(timeout) and timeout > 0):  # type: ignore[operator]
             raise InvalidFlowTemplate(
                 f"Task {task.name!r} has timeout = {timeout!r}: give it seconds above 0 or None."
             )

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
-from django.db import DatabaseError, InterfaceError, connections
+from django.db import connections
 
 from .conf import get_settings
 from .repository import ClaimedRun, FlowRepository
@@ -29,7 +29,7 @@ class WatchedRun:
         self.repository = repository
         self.run = run
         self.lease = lease
-        self._seen = 0
+        self._seen = run.task_execution_id
         self._renewed_at = time.monotonic()
         self._progress: tuple[int, str] | None = None
         self._progress_at = 0.0
@@ -74,9 +74,15 @@ class Heartbeat:
     """Watches the runs of this process; its thread starts with the first one."""
 
     def __init__(self) -> None:
+        self._forget()
+        if hasattr(os, "register_at_fork"):
+            # The thread of a parent does not live on in a fork, and its lock may never be freed.
+            os.register_at_fork(after_in_child=self._forget)
+
+    def _forget(self) -> None:
         self._changed = threading.Condition()
         self._runs: set[WatchedRun] = set()
-        self._pid = 0
+        self._is_beating = False
         self._wakes_at = 0.0
 
     @contextmanager
@@ -84,12 +90,11 @@ class Heartbeat:
         """Renew the run's lease within the block, three times a lease."""
         lease = timedelta(seconds=get_settings().LEASE_SECONDS)
         watched = WatchedRun(repository, run, lease)
-        if self._pid != os.getpid():
-            # The thread of a parent does not live on in a fork, and its lock may never be freed.
-            self._changed, self._runs, self._pid = threading.Condition(), set(), os.getpid()
-            threading.Thread(target=self._beat, name="flow-heartbeat", daemon=True).start()
         with self._changed:
             self._runs.add(watched)
+            if not self._is_beating:
+                threading.Thread(target=self._beat, name="flow-heartbeat", daemon=True).start()
+                self._is_beating = True
             if watched.next_beat < self._wakes_at:
                 self._changed.notify()
         try:
@@ -120,8 +125,8 @@ class Heartbeat:
         connection = connections[watched.repository.using]
         try:
             watched.beat()
-        except (DatabaseError, InterfaceError):
-            # The next beat tries again; the lease outlives two that fail.
+        except Exception:
+            # Whatever it was, the other runs are to be watched, and the next beat tries again.
             logger.warning(
                 "The lease of flow %s could not be renewed.", watched.run.flow.pk, exc_info=True
             )

@@ -86,10 +86,21 @@ class StepService:
     def claim_flow(
         self, flow: FlowExecution, template: FlowTemplate, worker: str
     ) -> ClaimedRun | None:
-        """Take that flow, due or not, and start its attempt; None if it is not free."""
+        """Take that flow, due or not, and start its attempt; None if it is not free.
+
+        Nor is it where its template is paused or as many of its flows run as may.
+        """
         if flow.status not in CLAIMABLE:
             return None
-        run = self.repository.claim_flow(flow, template.task_names, worker, self._lease)
+        transaction: AbstractContextManager[None] = nullcontext()
+        limits = {}
+        if template.max_running is not None:
+            transaction = self.repository.step()
+            limits = {template.name: template.max_running}
+        with transaction:
+            if limits and not self.repository.lock_free_places(limits, wait=True):
+                return None
+            run = self.repository.claim_flow(flow, template.task_names, worker, self._lease)
         return self._announced(run)
 
     def _announced(self, run: ClaimedRun | None) -> ClaimedRun | None:

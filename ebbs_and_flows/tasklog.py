@@ -11,22 +11,25 @@ from datetime import UTC, datetime
 
 from .validation import storable_text
 
-LOGGER = "ebbs_and_flows.task"
-"""The logger behind `context.log`."""
+_LAST_LINE = 200
+"""Room for the line that says how many records were left out, in bytes."""
+_MESSAGE = logging.Formatter("%(message)s")
+"""The message with its traceback, where it has one."""
+# What some readers take for the end of a line, within a JSON text.
+_LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}
 
 
 class TaskLog:
     """The records of one attempt, a JSON object a line, up to a size in bytes of UTF-8."""
 
     def __init__(self, max_bytes: int) -> None:
-        # Room for the line that says how many were left out.
-        self._left = max_bytes - 200
+        self._left = max_bytes - _LAST_LINE
         self._lines: list[str] = []
         self._left_out = 0
 
     def add(self, record: logging.LogRecord) -> None:
         """Keep a record if there is room for it."""
-        line = _line(record.created, record.levelname, record.name, record.getMessage())
+        line = _line(record.created, record.levelname, record.name, _MESSAGE.format(record))
         self._left -= len(line.encode()) + 1
         if self._left < 0 or self._left_out:
             self._left_out += 1
@@ -47,40 +50,62 @@ class TaskLog:
 def _line(created: float, level: str, logger: str, message: str) -> str:
     at = datetime.fromtimestamp(created, UTC).isoformat(timespec="milliseconds")
     record = {"at": at, "level": level, "logger": logger, "message": storable_text(message)}
-    return json.dumps(record, ensure_ascii=False)
+    return json.dumps(record, ensure_ascii=False).translate(_LINE_ENDS)
 
 
 _current: ContextVar[TaskLog | None] = ContextVar("ebbs_and_flows_task_log", default=None)
 
 
+def keep(record: logging.LogRecord) -> None:
+    """Keep a record with the task that runs in this context, if one does."""
+    log = _current.get()
+    if log is not None:
+        log.add(record)
+
+
 class _Keeper(logging.Handler):
-    """Keeps each record that reaches the root logger while a task runs in the same context."""
+    """Keeps each record that reaches the root logger while its task runs in the same context."""
+
+    def __init__(self, log: TaskLog) -> None:
+        super().__init__()
+        self._log = log
 
     def emit(self, record: logging.LogRecord) -> None:
-        log = _current.get()
-        if log is not None:
+        root = logging.getLogger()
+        shown = logging.lastResort
+        is_first = root.handlers[:1] == [self]
+        if shown and record.levelno >= shown.level and is_first and _is_only_kept(record.name):
+            # Where logging is not configured, Python itself shows warnings: still.
+            shown.handle(record)
+        if _current.get() is self._log:
             try:
-                log.add(record)
+                self._log.add(record)
             except Exception:  # noqa: BLE001 - as every handler: a bad record is logging's affair
                 self.handleError(record)
 
 
-_KEEPER = _Keeper()
+def _is_only_kept(name: str) -> bool:
+    logger: logging.Logger | None = logging.getLogger(name)
+    while logger is not None:
+        if not all(isinstance(handler, _Keeper) for handler in logger.handlers):
+            return False
+        logger = logger.parent if logger.propagate else None
+    return True
 
 
 @contextmanager
 def kept(max_bytes: int) -> Iterator[TaskLog | str]:
-    """Keep what is logged within the block; with 0 bytes, nothing, and at no cost."""
-    if not max_bytes:
+    """Keep what is logged within the block; with too few bytes, nothing, and at no cost."""
+    if max_bytes <= _LAST_LINE:
         yield ""
         return
-    root = logging.getLogger()
-    if _KEEPER not in root.handlers:
-        # Logging may have been configured anew since the last task.
-        root.addHandler(_KEEPER)
     log = TaskLog(max_bytes)
+    keeper = _Keeper(log)
+    root = logging.getLogger()
+    root.addHandler(keeper)
     token = _current.set(log)
     try:
         yield log
     finally:
         _current.reset(token)
+        root.removeHandler(keeper)

@@ -33,7 +33,7 @@ from .outputs import describe, error_name
 from .repository import ClaimedRun, is_contention
 from .service import FlowService
 from .status import TaskStatus
-from .tasklog import kept
+from .tasklog import keep, kept
 from .timeouts import Limit, Overdue, interrupt_after
 from .validation import storable_text
 
@@ -351,6 +351,10 @@ class _Attempt:
         if self._watched is not None:
             self._watched.report(done, total, storable_text(message))
             heartbeat.wake()
+
+    def keep_record(self, record: logging.LogRecord) -> None:
+        """Keep it with all else that the task logs."""
+        keep(record)
 
 
 async def _wait_for(awaitable: Any, seconds: float | None) -> object:

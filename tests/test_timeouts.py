@@ -246,7 +246,7 @@ def test_an_alarm_at_the_very_end_of_a_body_is_put_back_all_the_same(alarm: list
 # Connections
 
 
-SLEEPS = {"postgresql": "SELECT pg_sleep(3)", "mysql": "SELECT SLEEP(3)"}
+SLEEPS = {"postgresql": "SELECT pg_sleep(1.5)", "mysql": "SELECT SLEEP(1.5)"}
 
 
 def session() -> Any:

@@ -155,10 +155,10 @@ class ClaimRepository(StepRepository):
         )
         return set(paused.values_list("template_name", flat=True))
 
-    def lock_free_places(self, limits: Mapping[str, int]) -> set[str]:
+    def lock_free_places(self, limits: Mapping[str, int], *, wait: bool = False) -> set[str]:
         """Return the templates of which another flow may run, locked until the transaction ends.
 
-        One that another worker is just claiming a flow of is left out.
+        One that another worker is just claiming a flow of is waited for, or left out.
         """
         states = self.template_states.filter(template_name__in=list(limits))
         missing = set(limits) - set(states.values_list("template_name", flat=True))
@@ -167,7 +167,7 @@ class ClaimRepository(StepRepository):
                 (FlowTemplateState(template_name=name) for name in sorted(missing)),
                 ignore_conflicts=True,
             )
-        skip = self.connection.features.has_select_for_update_skip_locked
+        skip = not wait and self.connection.features.has_select_for_update_skip_locked
         locked = states.order_by("pk").select_for_update(skip_locked=skip)
         names = set(locked.values_list("template_name", flat=True))
         running = self.count_running(names)

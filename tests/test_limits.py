@@ -1,0 +1,195 @@
+"""What the claim holds back: paused templates, and flows beyond a template's `max_running`."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from django.db import connections
+from django.test import override_settings
+
+from ebbs_and_flows import ExecutionContext, FlowRunner, FlowStatus, FlowTemplate, task
+from ebbs_and_flows.models import FlowExecution, FlowTemplateState
+
+pytestmark = pytest.mark.django_db(transaction=True)
+
+
+class Gauge:
+    """A task's body that knows how many are within it at once."""
+
+    def __init__(self, wait: float = 0.003) -> None:
+        self.now = self.most = self.ran = 0
+        self.wait = wait
+        self.lock = threading.Lock()
+
+    def __call__(self, context: ExecutionContext) -> ExecutionContext:
+        with self.lock:
+            self.now += 1
+            self.ran += 1
+            self.most = max(self.most, self.now)
+        threading.Event().wait(self.wait)
+        with self.lock:
+            self.now -= 1
+        return context
+
+
+def register(runner: FlowRunner, name: str, body: Callable[..., Any], **options: Any) -> None:
+    tasks = [task(name="one")(body), task(name="two")(body)]
+    runner.register_flow_template(FlowTemplate(name, tasks=tasks, **options))
+
+
+def work(threads: int, body: Callable[[], Any]) -> None:
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            body()
+        except BaseException as error:  # noqa: BLE001 - shown by the assertion
+            errors.append(error)
+        finally:
+            connections.close_all()
+
+    started = [threading.Thread(target=run) for _ in range(threads)]
+    for thread in started:
+        thread.start()
+    for thread in started:
+        thread.join()
+    assert errors == []
+
+
+@pytest.mark.parametrize("limit", [1, 3])
+def test_eight_workers_never_run_more_than_max_running_at_once(
+    runner: FlowRunner, limit: int
+) -> None:
+    limited, free = Gauge(), Gauge()
+    register(runner, "limited", limited, max_running=limit)
+    register(runner, "free", free)
+    runner.schedule_flows("limited", [{}] * 20, priority=5)
+    runner.schedule_flows("free", [{}] * 10)
+
+    def until_done() -> None:
+        while FlowExecution.objects.exclude(status=FlowStatus.SUCCEEDED).exists():
+            if runner.run_next() is None:
+                threading.Event().wait(0.01)
+
+    work(8, until_done)
+    assert limited.most <= limit
+    assert (limited.ran, free.ran) == (40, 20)
+    assert not FlowExecution.objects.exclude(claim=1).exists()
+
+
+def test_a_flow_that_is_run_by_its_id_counts_and_waits_too(runner: FlowRunner) -> None:
+    gauge = Gauge(wait=0.05)
+    register(runner, "limited", gauge, max_running=2)
+    flows = runner.schedule_flows("limited", [{}] * 8)
+    waiting = list(flows)
+    work(8, lambda: runner.run_flow_execution(waiting.pop()))
+    assert gauge.most <= 2
+    # What there was no place for is as it was.
+    left = FlowExecution.objects.exclude(status=FlowStatus.SUCCEEDED)
+    assert set(left.values_list("status", "claim")) <= {(FlowStatus.SCHEDULED, 0)}
+    assert gauge.ran >= 2
+
+
+def test_a_full_template_leaves_the_others_their_turn(runner: FlowRunner) -> None:
+    ran: list[str] = []
+
+    def note(context: ExecutionContext) -> ExecutionContext:
+        ran.append(context["name"])
+        if context["name"] == "outer" and "inner" not in ran:
+            # While this one runs, the other one of the template is not claimed.
+            runner.run_next()
+            assert runner.run_next() is None
+            assert not runner.has_work()
+        return context
+
+    register(runner, "limited", note, max_running=1)
+    register(runner, "free", note)
+    runner.schedule_flow("limited", {"name": "outer"}, priority=9)
+    runner.schedule_flow("limited", {"name": "inner"}, priority=8)
+    runner.schedule_flow("free", {"name": "free"})
+    runner.run_next()
+    runner.run_next()
+    assert ran == ["outer", "free", "free", "outer", "inner", "inner"]
+
+
+def test_a_lost_worker_gives_its_place_back(runner: FlowRunner) -> None:
+    register(runner, "limited", lambda context: context, max_running=1)
+    lost, waiting = runner.schedule_flows("limited", [{}, {}])
+    template = runner.get_flow_template("limited")
+    with override_settings(EBBS_AND_FLOWS={"LEASE_SECONDS": 2}):
+        assert runner.service.claim([template], "a worker that dies") is not None
+        assert runner.run_next() is None
+        threading.Event().wait(2.1)
+        ran = {flow.pk for flow in iter(runner.run_next, None)}
+    assert ran == {lost.pk, waiting.pk}
+
+
+# Pausing
+
+
+def test_a_paused_template_is_claimed_by_nobody_until_it_is_resumed(runner: FlowRunner) -> None:
+    register(runner, "billing", lambda context: context)
+    register(runner, "other", lambda context: context)
+    flow = runner.schedule_flow("billing", priority=100)
+    other = runner.schedule_flow("other")
+    runner.pause_flow_template("billing", actor="ada")
+    state = FlowTemplateState.objects.get(template_name="billing")
+    assert (state.paused_at is not None, state.paused_by) == (True, "ada")
+    runner.pause_flow_template("billing", actor="bob")
+    assert FlowTemplateState.objects.get(template_name="billing").paused_by == "ada"
+    assert runner.run_flow().pk == other.pk  # type: ignore[union-attr]
+    assert runner.run_flow() is None
+    assert runner.run_flow_execution(flow).status == FlowStatus.SCHEDULED
+    assert not runner.has_work()
+    assert FlowExecution.objects.get(pk=flow.pk).claim == 0
+    runner.resume_flow_template("billing")
+    assert runner.run_flow().pk == flow.pk  # type: ignore[union-attr]
+    runner.resume_flow_template("billing")
+
+
+def test_pausing_lets_what_runs_go_on_to_its_end(runner: FlowRunner) -> None:
+    def pause(context: ExecutionContext) -> ExecutionContext:
+        runner.pause_flow_template("billing")
+        return context
+
+    register(runner, "billing", pause)
+    runner.schedule_flow("billing")
+    assert runner.run_flow().status == FlowStatus.SUCCEEDED  # type: ignore[union-attr]
+    runner.schedule_flow("billing")
+    assert runner.run_flow() is None
+
+
+def test_a_paused_flow_that_was_handed_back_waits_too(runner: FlowRunner) -> None:
+    register(runner, "billing", lambda context: context)
+    runner.schedule_flow("billing")
+    runner.run_next(stop=lambda: True)
+    runner.pause_flow_template("billing")
+    assert runner.run_next() is None
+    runner.resume_flow_template("billing")
+    assert runner.run_next().status == FlowStatus.SUCCEEDED  # type: ignore[union-attr]
+
+
+def test_pausing_and_resuming_under_eight_workers_loses_no_flow(runner: FlowRunner) -> None:
+    gauge = Gauge(wait=0)
+    register(runner, "billing", gauge, max_running=3)
+    runner.schedule_flows("billing", [{}] * 40)
+    done = threading.Event()
+
+    def until_done() -> None:
+        while FlowExecution.objects.exclude(status=FlowStatus.SUCCEEDED).exists():
+            if runner.run_next() is None:
+                threading.Event().wait(0.01)
+        done.set()
+
+    def toggle() -> None:
+        while not done.wait(0.02):
+            runner.pause_flow_template("billing")
+            runner.resume_flow_template("billing")
+
+    turns = [toggle, *[until_done] * 7]
+    work(8, lambda: turns.pop()())  # noqa: PLW0108 - each thread takes its own
+    assert gauge.ran == 80
+    assert gauge.most <= 3
