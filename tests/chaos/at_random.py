@@ -10,6 +10,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -140,9 +141,9 @@ class Storm:
         self.server = server
         self.done: Counter[str] = Counter()
         self.expected: dict[int, tuple[FlowStatus, ...]] = {}
-        # When which process was ended or stopped, by the clock that the log has.
+        # When which process was killed, on the monotonic clock.
         self.struck: dict[int, float] = {}
-        self.stopped: dict[int, float] = {}
+        self.stopped: set[int] = set()
         self.ended: Counter[str] = Counter()
         # From when to when the server was away, by the same clock.
         self.away: list[tuple[float, float]] = []
@@ -183,9 +184,8 @@ class Storm:
                     team.start()
                 self._weather()
             finally:
-                for pid in self.stopped:
-                    with suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGCONT)
+                for pid in list(self.stopped):
+                    self._wake(pid)
                 for team in self.teams:
                     team.end(signal.SIGTERM, 20)
         return evidence.Court(self.expected, log).judge()
@@ -194,7 +194,6 @@ class Storm:
         struck, ended, quiet_since = 0, 0, time.monotonic()
         next_look = 0.0
         while ended < self.flows:
-            self._wake_stopped()
             self._replace_ended()
             if time.monotonic() >= next_look:
                 over = persistently(self._count_ended)
@@ -246,12 +245,10 @@ class Storm:
                 team.end(signal.SIGKILL)
                 team.start()
 
-    def _wake_stopped(self) -> None:
-        for pid, until in list(self.stopped.items()):
-            if time.monotonic() >= until:
-                del self.stopped[pid]
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGCONT)
+    def _wake(self, pid: int) -> None:
+        self.stopped.discard(pid)
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
 
     # What goes wrong; each returns whether it could
 
@@ -269,7 +266,7 @@ class Storm:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
         self.struck[pid] = time.monotonic()
-        self.stopped.pop(pid, None)
+        self.stopped.discard(pid)
 
     def kill_worker(self) -> bool:
         """Kill -9 one whose place is taken by its sentinel; of a crew, that waits longer each
@@ -294,7 +291,7 @@ class Storm:
         os.killpg(team.process.pid, signal.SIGKILL)
         for other in [pid for pid in self.tail.in_progress if team.has(pid)] or [pid]:
             self.struck[other] = time.monotonic()
-            self.stopped.pop(other, None)
+            self.stopped.discard(other)
         team.end(signal.SIGKILL)
         team.start()
         return True
@@ -305,7 +302,9 @@ class Storm:
         if pid is None or len(self.stopped) >= 2:
             return False
         os.kill(pid, signal.SIGSTOP)
-        self.stopped[pid] = time.monotonic() + self.lease + 1
+        self.stopped.add(pid)
+        # Not by this thread, which may wait for a lock that the stopped one holds.
+        threading.Timer(self.lease + 1, self._wake, [pid]).start()
         return True
 
     def cut_connection(self) -> bool:
