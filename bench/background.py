@@ -4,6 +4,7 @@ latency    an idle cluster: from the call of `schedule_flow` until the first tas
 precision  the same cluster: from a `run_at` in the future until the first task's code runs
 backlog    flows of ten tasks: a cluster of two workers against `runflows --workers 2`
 clusters   flows whose tasks wait: two clusters against one
+stop       a cluster in the middle of such a backlog: from SIGTERM until its last process is gone
 
 Run it alone: python -m bench.background. Figures are of this machine and this run; the ratios
 compare what ran in turns on the same database.
@@ -66,6 +67,9 @@ def main() -> None:
             f" ratio {found['two'] / found['one']:.2f}"
         )
         rows.append((f"clusters of 2 workers, tasks of 50 ms, {broker} broker", text))
+        found = _run("stop", options, broker, 60)
+        text = f"{statistics.median(found):.1f} s (most {max(found):.1f})"
+        rows.append((f"SIGTERM in the middle of flows to the end, {broker} broker", text))
     width = max(len(label) for label, _ in rows)
     for label, text in rows:
         print(f"{label:{width}}  {text}")
@@ -239,11 +243,31 @@ def _clusters(options: argparse.Namespace) -> dict[str, float]:
     return {name: statistics.median(rates) for name, rates in found.items()}
 
 
+def _stop(options: argparse.Namespace) -> list[float]:
+    _set_up()
+    from ebbs_and_flows import flow_runner
+
+    flows = flow_runner.service.repository.flows
+    for _ in range(200):
+        flow_runner.schedule_flow("waits")
+    found = []
+    for _ in range(options.rounds):
+        with _workers("qcluster"):
+            held = flows.filter(status="RUNNING", lease_expires_at__isnull=False)
+            _until(lambda held=held: held.count() == 2)  # type: ignore[misc]
+            signalled = time.monotonic()
+        found.append(time.monotonic() - signalled)
+        if held.exists() or not flows.exclude(status="SUCCEEDED").exists():
+            raise SystemExit("The cluster has not stopped in the middle of its flows.")
+    return found
+
+
 _SCENES: dict[str, Callable[[argparse.Namespace], Any]] = {
     "latency": _latency,
     "precision": _precision,
     "backlog": _backlog,
     "clusters": _clusters,
+    "stop": _stop,
 }
 
 

@@ -7,11 +7,19 @@ the next flow has come.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 from .engines import get_engine
 from .presence import Presence
 from .runner import FlowRunner, flow_runner
+
+SYNC_SECONDS = 60.0
+"""After which recurring flows are made what the code declares once more.
+
+While a deployment replaces one cluster after the other, a worker with the old code may be the last
+one to have started, and have put the old ones back.
+"""
 
 
 class Pacemaker(Presence):
@@ -22,15 +30,15 @@ class Pacemaker(Presence):
     def __init__(self, runner: FlowRunner = flow_runner) -> None:
         super().__init__()
         self._runner = runner
-        self._synced = False
+        self._sync_at = 0.0
 
     def beat(self) -> float:
         """Wake a worker if something is due; return the seconds until the next beat."""
         until_refresh = super().beat()
         until_next = self._runner.wake_worker()
-        if not self._synced:
+        if time.monotonic() >= self._sync_at:
             self._runner.sync_recurring()
-            self._synced = True
+            self._sync_at = time.monotonic() + SYNC_SECONDS
         get_engine().fire_recurring()
         return min(until_refresh, until_next)
 

@@ -25,7 +25,10 @@ from ebbs_and_flows import (
 )
 from ebbs_and_flows.engines.django_q import fire_recurring
 from ebbs_and_flows.models import FlowExecution
+from ebbs_and_flows.pacemaker import Pacemaker
 from ebbs_and_flows.recurrence import Recurrence
+
+from .test_cluster import until
 
 pytestmark = pytest.mark.django_db
 
@@ -157,6 +160,17 @@ def test_a_schedule_that_two_clusters_made_is_one_again(declared: FlowRunner) ->
     twin.save(force_insert=True)
     declared.sync_recurring()
     assert Schedule.objects.count() == 1
+
+
+@pytest.mark.django_db(transaction=True)
+def test_what_a_worker_with_older_code_has_put_back_is_mended(
+    declared: FlowRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ebbs_and_flows.pacemaker.SYNC_SECONDS", 0.1)
+    with Pacemaker(declared):
+        until(lambda: schedules() == [("flow: nightly", "0 6 * * *")], "the schedule")
+        FlowRunner().sync_recurring()
+        until(lambda: schedules() == [("flow: nightly", "0 6 * * *")], "the schedule")
 
 
 # django-q2's scheduler closes the connections that it finds.

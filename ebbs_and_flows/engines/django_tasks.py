@@ -51,7 +51,9 @@ class DjangoTasksEngine:
         """
         now = timezone.now()
         self._recurrences = recurrences
-        self._due = {name: item.next_after(now) for name, item in recurrences.items()}
+        self._due = {
+            name: self._due.get(name) or item.next_after(now) for name, item in recurrences.items()
+        }
 
     def fire_recurring(self) -> None:
         """Schedule what is due; its key makes that one flow, however many pacemakers do so."""
