@@ -16,6 +16,8 @@ from ..models import FlowExecution, FlowTransition, PacemakerBeat, TaskExecution
 from ..status import WAITING, FlowStatus, TaskStatus
 from .claims import IS_FREE, ClaimRepository, Due
 from .database import BATCH, FLOW, DatabaseNow, is_contention
+from .prepared import execute_prepared
+from .rows import COLUMNS, read_flow
 from .steps import ClaimedRun, insert_entries
 
 NewRows = tuple[FlowExecution, Mapping[str, str], list[FlowTransition]]
@@ -84,9 +86,9 @@ class FlowRepository(ClaimRepository):
 
     def find(self, pk: int) -> FlowExecution | None:
         """Return a flow by its primary key."""
-        # Raw, because making SQL of a query set would take longer than the query.
-        found = self.flows.raw(f"SELECT * FROM {FLOW} WHERE id = %s", [pk])
-        return next(iter(found), None)
+        with self.connection.cursor() as cursor:
+            execute_prepared(cursor, f"SELECT {COLUMNS} FROM {FLOW} f WHERE f.id = %s", [pk])
+            return read_flow(cursor)[0]
 
     def lock(self, pk: int) -> FlowExecution | None:
         """Return a flow as it is now, locked until the transaction ends where that exists."""

@@ -25,6 +25,7 @@ from .database import (
     seconds_until_sql,
 )
 from .prepared import execute_prepared
+from .rows import COLUMNS, read_flow
 from .steps import (
     ClaimedRun,
     StepRepository,
@@ -238,11 +239,13 @@ class ClaimRepository(StepRepository):
         found: list[FlowExecution] = []
         for start in range(0, len(names), BATCH):
             best, parameters = self._best(statuses, names[start : start + BATCH], limit)
-            found += self.flows.raw(
-                f"SELECT f.* FROM {FLOW} f JOIN ({best}) AS b ON b.id = f.id"
+            cursor.execute(
+                f"SELECT {COLUMNS} FROM {FLOW} f JOIN ({best}) AS b ON b.id = f.id"
                 f" ORDER BY f.ready_rank, f.run_at, f.id LIMIT {limit}",
                 parameters,
             )
+            while (flow := read_flow(cursor)[0]) is not None:
+                found.append(flow)
         return sorted(found, key=lambda flow: (-flow.priority, flow.run_at, flow.pk))
 
     def _claim(
@@ -318,7 +321,8 @@ class ClaimRepository(StepRepository):
                     finished_at = NULL,
                     started_at = COALESCE(f.started_at, STATEMENT_TIMESTAMP())
                 FROM candidate c WHERE f.id = c.id
-                RETURNING f.*, c.status AS claimed_from, c.tasks ->> f.current_task_index AS task
+                RETURNING {COLUMNS}, c.status AS claimed_from,
+                    c.tasks ->> f.current_task_index AS task
             ), recorded AS (
                 INSERT INTO {TRANSITION}
                     (flow_execution_id, from_status, to_status, at, actor, reason)
@@ -338,17 +342,13 @@ class ClaimRepository(StepRepository):
             FROM claimed LEFT JOIN started ON TRUE"""
         tasks = [json.dumps(list(templates[name])) for name in names]
         execute_prepared(cursor, sql, [names, tasks, *parameters, *parameters, worker, lease])
-        row = cursor.fetchone()
-        if row is None:
+        flow, more = read_flow(cursor)
+        if flow is None:
             return None
-        fields = dict(zip((column.name for column in cursor.description), row, strict=True))
-        task, attempt = fields.pop("task"), fields.pop("attempt")
-        attempt_id, claimed_from = fields.pop("attempt_id"), fields.pop("claimed_from")
-        fields["task_names"] = json.loads(fields["task_names"])
-        flow = FlowExecution.from_db(self.using, list(fields), list(fields.values()))
-        run = _claimed(cursor, flow, claimed_from, flow.claim, worker)
-        if attempt_id is not None:
-            run.task_name, run.attempt, run.task_execution_id = task, attempt, attempt_id
+        run = _claimed(cursor, flow, more["claimed_from"], flow.claim, worker)
+        if more["attempt_id"] is not None:
+            run.task_name, run.attempt = more["task"], more["attempt"]
+            run.task_execution_id = more["attempt_id"]
         return run
 
 
