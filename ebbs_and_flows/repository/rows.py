@@ -15,7 +15,9 @@ from django.db.models.expressions import Col
 from ..models import FlowExecution
 from .database import FLOW
 
-_FIELDS: dict[str, Any] = {str(field.column): field for field in FlowExecution._meta.concrete_fields}
+_FIELDS: dict[str, Any] = {
+    str(field.column): field for field in FlowExecution._meta.concrete_fields
+}
 
 COLUMNS = ", ".join(f"f.{column}" for column in _FIELDS)
 """The columns of a flow, of a table that is called `f`."""
