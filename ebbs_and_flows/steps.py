@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 
 from .conf import get_settings
@@ -68,20 +67,16 @@ class StepService:
             for name, template in offered.items()
             if template.max_running is not None
         }
-        transaction: AbstractContextManager[None] = nullcontext()
-        if limits:
-            transaction = self.repository.step()
-        with transaction:
-            if limits:
-                free = self.repository.lock_free_places(limits)
-                offered = {
-                    name: item
-                    for name, item in offered.items()
-                    if name in free or name not in limits
-                }
-            names = {name: template.task_names for name, template in offered.items()}
-            run = self.repository.claim_due(statuses, names, worker, self._lease)
-        return self._announced(run)
+
+        def take(free: set[str]) -> ClaimedRun | None:
+            names = {
+                name: template.task_names
+                for name, template in offered.items()
+                if name in free or name not in limits
+            }
+            return self.repository.claim_due(statuses, names, worker, self._lease)
+
+        return self._claim(limits, take)
 
     def claim_flow(
         self, flow: FlowExecution, template: FlowTemplate, worker: str
@@ -92,15 +87,28 @@ class StepService:
         """
         if flow.status not in CLAIMABLE:
             return None
-        transaction: AbstractContextManager[None] = nullcontext()
-        limits = {}
-        if template.max_running is not None:
-            transaction = self.repository.step()
-            limits = {template.name: template.max_running}
-        with transaction:
-            if limits and not self.repository.lock_free_places(limits, wait=True):
+        limits = {} if template.max_running is None else {template.name: template.max_running}
+
+        def take(free: set[str]) -> ClaimedRun | None:
+            if limits and not free:
                 return None
-            run = self.repository.claim_flow(flow, template.task_names, worker, self._lease)
+            return self.repository.claim_flow(flow, template.task_names, worker, self._lease)
+
+        return self._claim(limits, take, wait=True)
+
+    def _claim(
+        self,
+        limits: Mapping[str, int],
+        take: Callable[[set[str]], ClaimedRun | None],
+        *,
+        wait: bool = False,
+    ) -> ClaimedRun | None:
+        """Take a flow, told of which of the limited templates another one may run."""
+        if not limits:
+            return self._announced(take(set()))
+        run = self.repository.in_transaction(
+            lambda: take(self.repository.lock_free_places(limits, wait=wait)), durable=True
+        )
         return self._announced(run)
 
     def _announced(self, run: ClaimedRun | None) -> ClaimedRun | None:

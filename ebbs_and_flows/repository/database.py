@@ -190,21 +190,22 @@ class Database:
     def _in_step(self) -> bool:
         return any(block.durable for block in self.connection.atomic_blocks)
 
-    def in_transaction(self, write: Callable[[], T]) -> T:
-        """Make a write in a transaction and return what it returns.
+    def in_transaction(self, write: Callable[[], T], *, durable: bool = False) -> T:
+        """Make a write in a transaction, or in a step, and return what it returns.
 
         Where the database undoes it for another transaction's sake it is made again, unless it is
         a part of the caller's transaction, which the caller alone can make again.
         """
+        begin = self.step if durable else self.atomic
         for pause in _CONTENTION_PAUSES:
             try:
-                with self.atomic():
+                with begin():
                     return write()
             except OperationalError as error:
                 if not is_contention(error) or self.connection.in_atomic_block:
                     raise
                 time.sleep(pause)
-        with self.atomic():
+        with begin():
             return write()
 
     def check_no_outer_transaction(self) -> None:
