@@ -2,8 +2,9 @@
 
 The database's is the time within the driver's calls, measured where the driver waits for the
 server (psycopg) or runs the engine (sqlite3), whoever calls it. Python's own is the processor's
-time outside of them: our code, Django's, and the task's. Both are measured without a profiler, which
-would change them; the list of functions that follows is a profiler's: only its proportions count.
+time outside of them: our code, Django's, and the task's. Both are measured without a profiler,
+which would change them; the list of functions that follows is a profiler's: only its proportions
+count.
 """
 
 from __future__ import annotations
