@@ -185,10 +185,13 @@ class Court:
                 verdict.unsound.append(f"Of {what} there is no record.")
             if at in started:
                 verdict.repeated.append(f"Twice: {what}.")
-            if line.task in done:
-                verdict.repeated.append(f"After its success: {what}.")
-            for other in in_progress - taken_over:
-                verdict.overlapping.append(f"While attempt {other} was in progress: {what}.")
+            # A worker that was stopped just before a task begins it when it wakes: that its claim
+            # is lost it learns at its next write.
+            if at not in taken_over:
+                if line.task in done:
+                    verdict.repeated.append(f"After its success: {what}.")
+                for other in in_progress - taken_over:
+                    verdict.overlapping.append(f"While attempt {other} was in progress: {what}.")
             started.add(at)
             in_progress.add(at)
         for at, row in stored.items():
