@@ -49,6 +49,16 @@ def run_in_slices(case: str) -> None:
         pass
 
 
+def run_this_one(case: str) -> None:
+    flow_runner.run_flow_execution(FlowExecution.objects.get(template_name=case))
+
+
+def fork(case: str) -> None:
+    flow_runner.fork_flow_execution(
+        FlowExecution.objects.get(template_name=case), from_task=1, changes={"forked": True}
+    )
+
+
 def reschedule(case: str) -> None:
     flow = FlowExecution.objects.get(template_name=case)
     if flow.status == FlowStatus.FAILED:
@@ -88,6 +98,7 @@ SCENARIOS = {
     "run": Scenario(tasks=[flows.first, flows.flaky, flows.book, flows.last]),
     "in slices": Scenario(tasks=[flows.first, flows.last], act=run_in_slices),
     "limited": Scenario(tasks=[flows.first, flows.last], max_running=1),
+    "this one": Scenario(tasks=[flows.first, flows.last], act=run_this_one),
     "failure": Scenario(**_FAILED),
     "cancellation": Scenario(
         tasks=[flows.first, flows.cancel, flows.last], ends=(FlowStatus.CANCELLED,)
@@ -99,6 +110,7 @@ SCENARIOS = {
     ),
     "scheduling": Scenario(tasks=[flows.first], act=schedule, before=()),
     "rescheduling": Scenario(**_FAILED, act=reschedule, before=(schedule, run)),
+    "forking": Scenario(tasks=[flows.first, flows.last], act=fork, before=(schedule, run)),
     "done by hand": Scenario(
         tasks=[flows.fail, flows.last], act=complete_by_hand, before=(schedule, run),
         ends=(FlowStatus.SUCCEEDED, FlowStatus.FAILED),
