@@ -66,6 +66,8 @@ def is_over_or_due(of: Records) -> Said:
         yield f"It is {flow.status}, and no worker will ever take it."
     if flow.lease_expires_at is not None and flow.status != FlowStatus.RUNNING:
         yield f"It is {flow.status}, and yet leased to {flow.claimed_by or 'somebody'}."
+    if flow.lease_expires_at is not None and flow.ready_rank is not None:
+        yield "It is held and ranked as ready, and would not be taken back from a lost worker."
     if flow.is_finished is (flow.finished_at is None):
         when = flow.finished_at or "no time"
         yield f"It is {flow.status}, and {when} is stored as its end."

@@ -181,7 +181,10 @@ def test_i3_what_a_worker_holds_is_running_where_the_flow_is(
 ) -> None:
     flow = runner.schedule_flow("checked")
     break_off(runner, flow)
-    FlowExecution.objects.filter(pk=flow.pk).update(claim=2)
+    FlowExecution.objects.filter(pk=flow.pk).update(ready_rank=0)
+    sentence = "It is held and ranked as ready, and would not be taken back from a lost worker."
+    assert found() == [("I1", sentence)]
+    FlowExecution.objects.filter(pk=flow.pk).update(claim=2, ready_rank=None)
     sentence = (
         "first (task 0, attempt 1) is running under claim 1, and the flow is at task 0 under"
         " claim 2."

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+from django.db import IntegrityError
 from django.db.models import F, Q
 
 from ..models import MIN_PRIORITY, FlowExecution, FlowTemplateState
@@ -201,8 +202,13 @@ class ClaimRepository(StepRepository):
         if not templates:
             return None
         if self.in_one_statement:
-            with self.brief_transaction(one_statement=True) as cursor:
-                return self._claim_in_one(cursor, statuses, templates, worker, lease)
+            try:
+                with self.brief_transaction(one_statement=True) as cursor:
+                    return self._claim_in_one(cursor, statuses, templates, worker, lease)
+            except IntegrityError:
+                # A statement locks the flow as it is, and numbers the attempt by what it saw when
+                # it began: another worker was faster by a whole attempt in between.
+                return None
         with self.brief_transaction() as cursor:
             for flow in self._candidates(cursor, statuses, templates):
                 run = self._claim(cursor, flow, templates[flow.template_name], worker, lease)

@@ -17,6 +17,8 @@ from contextlib import nullcontext
 
 from tests.on_every_database import PROBES
 
+from .server import can_be_private, private_server
+
 FAST_LEASE, ENDLESS_LEASE = "2", "3600"
 
 
@@ -35,8 +37,6 @@ def at_random(database: str, options: argparse.Namespace) -> int:
     """Let things go wrong at random on one database."""
     os.environ["EBBS_TEST_LEASE_SECONDS"] = FAST_LEASE
     os.environ["EBBS_TEST_CLUSTER"] = f"ebbs-chaos-{os.getpid()}"
-    from .server import private_server
-
     with private_server() if database == "postgresql" else nullcontext() as server:
         if database == "postgresql" and server is None:
             print("PostgreSQL is not killed here: no initdb, or nobody to run it as.")
@@ -101,6 +101,9 @@ def main() -> int:
     if options.fire == "short":
         return short()
     if options.fire == "long":
+        if not can_be_private() and "postgresql" not in answering():
+            print("There is no PostgreSQL to be tried: install it, or set PGHOST and PGPORT.")
+            return 2
         return start("postgresql", *sys.argv[2:], "at-random").wait()
     if options.fire == "every-statement":
         return every_statement(database)

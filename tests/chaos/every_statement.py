@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import tempfile
 import time
 import traceback
@@ -17,7 +18,7 @@ from pathlib import Path
 from django.db import InterfaceError, OperationalError, connection
 from django.utils import timezone
 
-from ebbs_and_flows import FlowStatus, FlowTemplate, Task, flow_runner
+from ebbs_and_flows import ExecutionContext, FlowStatus, FlowTemplate, Task, flow_runner
 from ebbs_and_flows.models import FlowExecution, TaskExecution
 
 from . import evidence, faults, flows
@@ -46,6 +47,16 @@ def schedule_and_run(case: str) -> None:
 def run_in_slices(case: str) -> None:
     while flow_runner.run_next(templates=[case], stop=lambda: True) is not None:
         pass
+
+
+def run_this_one(case: str) -> None:
+    flow_runner.run_flow_execution(FlowExecution.objects.get(template_name=case))
+
+
+def fork(case: str) -> None:
+    flow_runner.fork_flow_execution(
+        FlowExecution.objects.get(template_name=case), from_task=1, changes={"forked": True}
+    )
 
 
 def reschedule(case: str) -> None:
@@ -87,6 +98,7 @@ SCENARIOS = {
     "run": Scenario(tasks=[flows.first, flows.flaky, flows.book, flows.last]),
     "in slices": Scenario(tasks=[flows.first, flows.last], act=run_in_slices),
     "limited": Scenario(tasks=[flows.first, flows.last], max_running=1),
+    "this one": Scenario(tasks=[flows.first, flows.last], act=run_this_one),
     "failure": Scenario(**_FAILED),
     "cancellation": Scenario(
         tasks=[flows.first, flows.cancel, flows.last], ends=(FlowStatus.CANCELLED,)
@@ -98,6 +110,7 @@ SCENARIOS = {
     ),
     "scheduling": Scenario(tasks=[flows.first], act=schedule, before=()),
     "rescheduling": Scenario(**_FAILED, act=reschedule, before=(schedule, run)),
+    "forking": Scenario(tasks=[flows.first, flows.last], act=fork, before=(schedule, run)),
     "done by hand": Scenario(
         tasks=[flows.fail, flows.last], act=complete_by_hand, before=(schedule, run),
         ends=(FlowStatus.SUCCEEDED, FlowStatus.FAILED),
@@ -161,8 +174,11 @@ def _burn(name: str, count: Count) -> dict[str, Scenario]:
     count.statements[name] = len(boundaries)
     for harm, number, after in faults.moments(connection.vendor, boundaries):
         what = harm.__name__
+        if harm is faults.pause and scenario.act not in (run, run_in_slices):
+            continue
         case = prepare(f"{name}, {what} {'after' if after else 'before'} {number}")
-        code = _in_a_process(partial(_try, case, harm, number, after))
+        tried = partial(_try, case, harm, number, after)
+        code = _take_over(tried, case) if harm is faults.pause else _in_a_process(tried)
         count.faults[what] += 1
         count.went_on[what] += code == WENT_ON
         count.stopped[what] += code == STOPPED
@@ -204,11 +220,50 @@ def _make_ready(case: str, scenario: Scenario) -> None:
     connection.ensure_connection()
 
 
+def _take_over(tried: Callable[[], int], case: str) -> int:
+    """Have another process take the flow over from one that stops, and that one then go on.
+
+    The other is in the middle of a task by then, so that nothing but the claim tells them apart.
+    """
+    stopped = _start(tried)
+    os.waitpid(stopped, os.WUNTRACED)
+    other = _start(partial(_run_and_stop_in_a_task, case))
+    os.waitpid(other, os.WUNTRACED)
+    os.kill(stopped, signal.SIGCONT)
+    # It waits for the other one where that is in an atomic task and the database is SQLite.
+    until = time.monotonic() + 1
+    while time.monotonic() < until and not _has_ended(stopped):
+        time.sleep(0.005)
+    os.kill(other, signal.SIGCONT)
+    return _end(other) or _end(stopped)
+
+
+def _run_and_stop_in_a_task(case: str) -> int:
+    note = evidence.note
+
+    def note_and_stop(event: str, context: ExecutionContext) -> None:
+        note(event, context)
+        evidence.note = note
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    evidence.note = note_and_stop
+    expire(case)
+    run(case)
+    # Where nothing was left to be run, it stops here.
+    if evidence.note is note_and_stop:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return 0
+
+
 def _in_a_process(act: Callable[[], int | None]) -> int:
-    """Do it in a process of its own; return the exit code. This one holds no connection."""
+    return _end(_start(act))
+
+
+def _start(act: Callable[[], int | None]) -> int:
+    """Do it in a process of its own; return its id. This one holds no connection."""
     pid = os.fork()
     if pid:
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        return pid
     code = 1
     try:
         code = act() or 0
@@ -216,6 +271,15 @@ def _in_a_process(act: Callable[[], int | None]) -> int:
         traceback.print_exc()
     finally:
         os._exit(code)
+
+
+def _has_ended(pid: int) -> bool:
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+def _end(pid: int) -> int:
+    """Wait for its end; return the exit code."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def _finish(cases: dict[str, Scenario], count: Count) -> dict[int, tuple[FlowStatus, ...]]:

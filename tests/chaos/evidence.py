@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -62,15 +63,22 @@ def note(event: str, context: ExecutionContext) -> None:
 
 
 def noted(run: Run) -> Run:
-    """Have a task's beginning and its end, good or bad, noted."""
+    """Have a task's beginning and its end, good or bad, noted; no time-out breaks that off."""
+    alarm = {signal.SIGALRM}
 
     @wraps(run)
     def noting(context: ExecutionContext) -> ExecutionContext:
-        note("start", context)
+        signal.pthread_sigmask(signal.SIG_BLOCK, alarm)
         try:
-            return run(context)
+            note("start", context)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, alarm)
+            try:
+                return run(context)
+            finally:
+                signal.pthread_sigmask(signal.SIG_BLOCK, alarm)
         finally:
             note("end", context)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, alarm)
 
     return noting
 
@@ -185,10 +193,13 @@ class Court:
                 verdict.unsound.append(f"Of {what} there is no record.")
             if at in started:
                 verdict.repeated.append(f"Twice: {what}.")
-            if line.task in done:
-                verdict.repeated.append(f"After its success: {what}.")
-            for other in in_progress - taken_over:
-                verdict.overlapping.append(f"While attempt {other} was in progress: {what}.")
+            # A worker that was stopped just before a task begins it when it wakes: that its claim
+            # is lost it learns at its next write.
+            if at not in taken_over:
+                if line.task in done:
+                    verdict.repeated.append(f"After its success: {what}.")
+                for other in in_progress - taken_over:
+                    verdict.overlapping.append(f"While attempt {other} was in progress: {what}.")
             started.add(at)
             in_progress.add(at)
         for at, row in stored.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sqlite3
 from collections.abc import Callable
@@ -66,7 +67,7 @@ class Fault:
 
     def _can_strike(self) -> bool:
         # Two runs are not the same to the statement: time passes.
-        return self._harm is not lock or not in_transaction(self._connection)
+        return self._harm not in (lock, pause) or not in_transaction(self._connection)
 
     def _strike(self) -> None:
         self.done = True
@@ -89,6 +90,11 @@ Harm = Callable[[BaseDatabaseWrapper], None]
 
 def die(connection: BaseDatabaseWrapper) -> None:
     os._exit(DIED)
+
+
+def pause(connection: BaseDatabaseWrapper) -> None:
+    """Stop as a process does that is swapped out; somebody else has it go on."""
+    os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def drop(connection: BaseDatabaseWrapper) -> None:
@@ -135,14 +141,14 @@ def moments(vendor: str, boundaries: list[bool]) -> list[tuple[Harm, int, bool]]
 
     After a statement within a transaction is before the next one, but for a few lines of Python;
     when it was committed, what follows may be anything, or nothing. SQLite locks at the beginning
-    of a transaction, so what follows a boundary is what can be locked.
+    of a transaction; and who stops within one keeps everybody else waiting, and loses nothing.
     """
     found: list[tuple[Harm, int, bool]] = []
-    wire = (die, lock) if vendor == "sqlite" else (die, drop, conflict)
+    harms = (die, pause, lock) if vendor == "sqlite" else (die, pause, drop, conflict)
     for number, committed in enumerate(boundaries, start=1):
         outside = number == 1 or boundaries[number - 2]
-        for harm in wire:
-            if harm is not lock or outside:
+        for harm in harms:
+            if harm not in (lock, pause) or outside:
                 found.append((harm, number, False))
             if harm in (die, drop) and committed:
                 found.append((harm, number, True))

@@ -67,10 +67,17 @@ class Server:
         )
 
 
+def can_be_private() -> bool:
+    """Return whether PostgreSQL is installed, and somebody there to run it as."""
+    return find("initdb") is not None and (
+        os.geteuid() != 0 or shutil.which("setpriv") is not None
+    )
+
+
 @contextmanager
 def private_server() -> Iterator[Server | None]:
     """Make one and start it, with the tests' settings looking there; None where it cannot be."""
-    if find("initdb") is None or (os.geteuid() == 0 and shutil.which("setpriv") is None):
+    if not can_be_private():
         yield None
         return
     with tempfile.TemporaryDirectory(prefix="chaos-") as name:

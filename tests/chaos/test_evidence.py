@@ -130,6 +130,9 @@ def test_an_attempt_that_was_taken_over_may_go_on_and_proves_nothing(
     verdict = judge(flow, log)
     assert verdict.problems == []
     assert (verdict.attempts, verdict.interrupted) == (3, 1)
+    # Or just before it.
+    rewrite(log, lambda lines: [*lines[1:-1], lines[0], lines[-1]])
+    assert judge(flow, log).problems == []
 
 
 def test_an_order_too_many_and_one_too_few_are_seen(flow: FlowExecution, log: Path) -> None:

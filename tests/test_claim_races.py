@@ -1,0 +1,77 @@
+"""Claims at the same instant as what other workers do, on a database that has such an instant."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+from django.db import DatabaseError, connection
+
+from ebbs_and_flows import ExecutionContext, FlowRunner, FlowStatus, FlowTemplate, task
+from ebbs_and_flows.models import TaskExecution
+
+pytestmark = pytest.mark.django_db(transaction=True)
+
+
+@task
+def first(context: ExecutionContext) -> ExecutionContext:
+    return context
+
+
+@pytest.mark.skipif("connection.vendor != 'postgresql'", reason="a claim is one statement there")
+def test_an_attempt_that_the_claims_snapshot_did_not_see_is_not_made_twice(
+    runner: FlowRunner,
+) -> None:
+    """A statement sees the attempts as they were when it began, and the flow as it is when locked.
+
+    Between the two another worker may have claimed the flow, failed and set it free again.
+    """
+    runner.register_flow_template(FlowTemplate("raced", tasks=[first]))
+    flow = runner.schedule_flow("raced")
+    outcomes: list[object] = []
+    backend: list[int] = []
+
+    def claim() -> None:
+        connection.ensure_connection()
+        backend.append(connection.connection.info.backend_pid)
+        try:
+            outcomes.append(runner.run_next())
+        except DatabaseError as error:
+            outcomes.append(error)
+        finally:
+            connection.close()
+
+    def claim_waits() -> bool:
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT cardinality(pg_blocking_pids(%s))", backend)
+            return bool(cursor.fetchone()[0])
+
+    thread = threading.Thread(target=claim)
+    repository = runner.service.repository
+    with repository.atomic():
+        with connection.cursor() as cursor:
+            # The foreign key's own lock on the flow would keep the claim off.
+            cursor.execute("SET LOCAL session_replication_role = replica")
+        now = repository.now()
+        TaskExecution.objects.create(
+            flow_execution=flow,
+            task_index=0,
+            task_name="first",
+            attempt=1,
+            claim=0,
+            status="FAILED",
+            started_at=now,
+            finished_at=now,
+        )
+        thread.start()
+        until = time.monotonic() + 20
+        while not (backend and claim_waits()):
+            assert time.monotonic() < until, "the claim did not wait for the attempt"
+            time.sleep(0.01)
+    thread.join(30)
+    # What it could not do at that instant is done by the next look.
+    assert not isinstance(outcomes[0], DatabaseError), outcomes
+    flow.refresh_from_db()
+    assert flow.status == FlowStatus.SUCCEEDED
+    assert [row.attempt for row in runner.service.get_flow_task_execution_history(flow)] == [1, 2]
