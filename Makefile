@@ -28,6 +28,13 @@ chaos: $(VENV)/test.stamp
 chaos-short: $(VENV)/test.stamp
 	$(BIN)/python -m tests.chaos short
 
+# A million flows and ten million attempts, and how long each page of the admin takes with them:
+# on SQLite, or with EBBS_TEST_DATABASE=postgresql.
+.PHONY: seed-million
+seed-million: $(VENV)/test.stamp
+	$(BIN)/python bench/seed_million.py
+	$(BIN)/python bench/admin_pages.py
+
 lint: $(VENV)/lint.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
