@@ -12,7 +12,8 @@ from django.utils.translation import gettext_lazy as _
 
 from ..models import ExecutionContextEntry, TaskExecution
 from .paginator import BoundedPaginator
-from .pieces import MAX_SHOWN, pill, shown_value
+from .pieces import pill
+from .values_shown import shown_value
 
 if TYPE_CHECKING:
     _ModelAdmin = admin.ModelAdmin[Any]
@@ -27,6 +28,8 @@ class ReadOnlyAdmin(_ModelAdmin):
     paginator = BoundedPaginator
     list_select_related: ClassVar[Any] = ("flow_execution",)
     ordering = ("-id",)
+    sortable_by = ()
+    show_facets = admin.ShowFacets.NEVER
     actions = None
 
     class Media:
@@ -47,7 +50,6 @@ class TaskExecutionAdmin(ReadOnlyAdmin):
     """Every attempt at every task."""
 
     list_display = ("__str__", "flow_execution", "status_pill", "started_at", "error_type")
-    list_filter = ("status",)
     fields = (
         "flow_execution",
         "task_index",
@@ -97,4 +99,4 @@ class ExecutionContextEntryAdmin(ReadOnlyAdmin):
 
     @staticmethod
     def _shown(entry: ExecutionContextEntry) -> Any:
-        return shown_value(entry.name, entry.value[:MAX_SHOWN], len(entry.value))
+        return shown_value(entry.name, entry.value, len(entry.value))
