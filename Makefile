@@ -32,8 +32,8 @@ chaos-short: $(VENV)/test.stamp
 # on SQLite, or with EBBS_TEST_DATABASE=postgresql.
 .PHONY: seed-million
 seed-million: $(VENV)/test.stamp
-	$(BIN)/python bench/seed_million.py
-	$(BIN)/python bench/admin_pages.py
+	$(BIN)/python -m bench.seed_million
+	$(BIN)/python -m bench.admin_pages
 
 lint: $(VENV)/lint.stamp
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
-"""Measures the admin's pages on the database that `bench/seed_million.py` has filled.
+"""Measures the admin's pages on the database that `bench.seed_million` has filled.
 
-    EBBS_TEST_DATABASE=sqlite python bench/admin_pages.py             # or postgresql
+    EBBS_TEST_DATABASE=sqlite python -m bench.admin_pages             # or postgresql
 
 Prints, for each page, the median of the times and the number of queries; the whole of Django is
 in the time, from the request to the last byte of the page.
@@ -13,7 +13,7 @@ import statistics
 import sys
 import time
 
-from seed_million import TASKS, choose_database
+from .seed_million import TASKS, TEMPLATES, choose_database
 
 
 def main() -> int:
@@ -58,8 +58,6 @@ def main() -> int:
 
 
 def register_templates() -> None:
-    from seed_million import TEMPLATES
-
     from ebbs_and_flows import FlowTemplate, flow_runner, task
 
     for number in range(TEMPLATES):

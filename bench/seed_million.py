@@ -1,9 +1,9 @@
 """Fills a database with 1,000,000 flow executions and 10,000,000 attempts, as a busy year leaves.
 
-    EBBS_TEST_DATABASE=sqlite python bench/seed_million.py            # or postgresql
+    EBBS_TEST_DATABASE=sqlite python -m bench.seed_million            # or postgresql
 
-The database is one of its own (`ebbs_million`, or the file that `--name` gives), made anew unless
-`--keep` says otherwise. `bench/admin_pages.py` then measures the admin's pages on it.
+The database is one of its own, made anew: `ebbs_million`, or what `--name` gives.
+`bench.admin_pages` then measures the admin's pages on it.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 TASKS = 10
 TEMPLATES = 40

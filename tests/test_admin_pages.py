@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from django import forms
 from django.contrib.admin.models import LogEntry
+from django.contrib.auth.models import User
 from django.db import connection
 from django.test import Client
 from django.test.utils import CaptureQueriesContext
@@ -410,6 +411,36 @@ def test_a_templates_own_form_asks_for_its_parameters(admin_client: Client) -> N
         assert dict(flow.execution_context) == {"order_id": 42, "due": date(2026, 3, 4)}
         offered = admin_client.get(address, {"like": ""}).context["parameters"]
         assert offered["order_id"].value() == 42
+
+
+def test_a_form_of_references_and_of_derived_data_is_scheduled(
+    admin_client: Client, admin_user: User
+) -> None:
+    class Recipients(forms.Form):
+        owner = forms.ModelChoiceField(User.objects.all())
+        others = forms.ModelMultipleChoiceField(User.objects.all())
+        note = forms.JSONField(required=False)
+
+        def clean(self) -> dict[str, Any]:
+            return {**self.cleaned_data, "derived": 1}
+
+    flow_runner._templates.pop("billing")
+    with registered(billing(parameters=Recipients)):
+        response = admin_client.post(
+            f"{TEMPLATES}billing/schedule/",
+            {
+                "parameters-owner": admin_user.pk,
+                "parameters-others": [admin_user.pk],
+                "parameters-note": '["text"]',
+                "priority": "0",
+            },
+        )
+    assert response.status_code == 302
+    context = FlowExecution.objects.get().execution_context
+    assert context["owner"] == admin_user
+    assert context["others"] == [admin_user]
+    assert context["note"] == ["text"]
+    assert context["derived"] == 1
 
 
 # The overview

@@ -23,7 +23,11 @@ def test_each_page_renders_under_the_theme(admin_client: Client) -> None:
                 shown[address] = response.content.decode()
         for address, expected in {
             LIST: ["the card is bad", "ebbs-overview", "ebbs-pill", 'value="reschedule"'],
-            f"{LIST}{flow.pk}/change/": ["Traceback", "ebbs-timeline", f"{LIST}{flow.pk}/reschedule/"],
+            f"{LIST}{flow.pk}/change/": [
+                "Traceback",
+                "ebbs-timeline",
+                f"{LIST}{flow.pk}/reschedule/",
+            ],
             f"{LIST}{flow.pk}/rerun_from/": ["the card is bad", "Start a new flow at"],
             f"{LIST}{flow.pk}/by_hand/": ["Record it and go on"],
             TEMPLATES: ["billing", "Schedule a run…"],
