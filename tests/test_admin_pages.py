@@ -366,6 +366,9 @@ def test_a_run_is_scheduled_with_a_context_as_json(admin_client: Client) -> None
 
 def test_the_last_runs_context_is_offered_without_its_secrets(admin_client: Client) -> None:
     flow = succeeded(order_id=42, api_key="s3cret", rows=[1])
+    ExecutionContextEntry.objects.create(
+        flow_execution=flow, name="made", value="1", task_execution=flow.task_executions.first()
+    )
     address = f"{TEMPLATES}billing/schedule/"
     assert f"flow #{flow.pk}, was" in page(admin_client, address)
     shown = admin_client.get(address, {"like": ""}).context["form"]
