@@ -156,19 +156,23 @@ def test_500_tasks_and_10_000_entries_stay_pages(admin_client: Client) -> None:
             status="FAILED", current_task_index=499, finished_at=made.run_at
         )
         TaskExecution.objects.bulk_create(
-            TaskExecution(
-                flow_execution=made,
-                task_index=n,
-                task_name=f"{n} <b>",
-                attempt=1,
-                claim=1,
-                status="FAILED" if n == 499 else "SUCCEEDED",
-                started_at=made.run_at,
-                finished_at=made.run_at,
-                output=EVIL * 1000,
-                log=json.dumps({"message": EVIL}) * 10,
-            )
-            for n in range(500)
+            (
+                TaskExecution(
+                    flow_execution=made,
+                    task_index=n,
+                    task_name=f"{n} <b>",
+                    attempt=1,
+                    claim=1,
+                    status="FAILED" if n == 499 else "SUCCEEDED",
+                    started_at=made.run_at,
+                    finished_at=made.run_at,
+                    output=EVIL * 1000,
+                    log=json.dumps({"message": EVIL}) * 10,
+                )
+                for n in range(500)
+            ),
+            # MariaDB takes no larger packets.
+            batch_size=100,
         )
         for address in (
             LIST,
@@ -196,18 +200,21 @@ def test_the_outputs_of_thousands_of_attempts_are_not_all_on_the_page(
 ) -> None:
     made = flow_runner.schedule_flow(NAME)
     TaskExecution.objects.bulk_create(
-        TaskExecution(
-            flow_execution=made,
-            task_index=0,
-            task_name="grows",
-            attempt=number,
-            claim=1,
-            status="FAILED",
-            started_at=made.run_at,
-            finished_at=made.run_at,
-            output="x" * 64_000,
-        )
-        for number in range(1, 2_101)
+        (
+            TaskExecution(
+                flow_execution=made,
+                task_index=0,
+                task_name="grows",
+                attempt=number,
+                claim=1,
+                status="FAILED",
+                started_at=made.run_at,
+                finished_at=made.run_at,
+                output="x" * 64_000,
+            )
+            for number in range(1, 2_101)
+        ),
+        batch_size=100,
     )
     text = page(admin_client, f"{LIST}{made.pk}/change/")
     assert len(text) < MEBIBYTE
