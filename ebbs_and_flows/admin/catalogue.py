@@ -24,12 +24,11 @@ from ..models import FlowExecution, FlowTemplateState
 from ..runner import flow_runner
 from ..service import flow_service
 from ..status import WAITING, FlowStatus
-from .pages import admin_url, flow_url
+from .pages import admin_url
 from .pieces import duration, in_words, moment
 from .queries import bounded_counts, flows, rows_of_each, template_names
 
-LAST_RUNS = 50
-BARS = 30
+LAST_RUNS = 30
 MAX_COUNTED = 1_000
 
 
@@ -157,7 +156,7 @@ def _entry(
             )
             for (name, status), count in named
         ],
-        bars=_bars(site, runs[-BARS:]),
+        bars=_bars(site, runs),
         success_rate=f"{100 * len(succeeded) / len(runs):.0f} %" if runs else "–",
         median=duration(_percentile(times, 50)) or "–",
         percentile=duration(_percentile(times, 95)) or "–",
@@ -186,15 +185,17 @@ def _bars(site: admin.AdminSite, runs: Sequence[FlowExecution]) -> SafeString | 
     # Of one run that waited for days, the others are not to look all the same.
     times = sorted(run.duration or timedelta(0) for run in runs)
     longest = _percentile(times, 90)
-    width = 100 / BARS
+    width = 100 / LAST_RUNS
+    # Looked up once: a catalogue has a thousand bars.
+    flows_url = admin_url(site, "ebbs_and_flows_flowexecution_changelist")
     drawn = []
-    for number, run in enumerate(runs, start=BARS - len(runs)):
+    for number, run in enumerate(runs, start=LAST_RUNS - len(runs)):
         took = run.duration or timedelta(0)
         height = min(max(100 * (took / longest if longest else 1), 12), 100)
         status = FlowStatus(run.status)
         drawn.append(
             (
-                flow_url(site, run.pk),
+                f"{flows_url}{run.pk}/change/",
                 f"#{run.pk}: {status.label}, {duration(took)}",
                 status.value.lower(),
                 f"{number * width + width * 0.1:.2f}",
