@@ -28,6 +28,13 @@ chaos: $(VENV)/test.stamp
 chaos-short: $(VENV)/test.stamp
 	$(BIN)/python -m tests.chaos short
 
+# A million flows and ten million attempts, and how long each page of the admin takes with them:
+# on SQLite, or with EBBS_TEST_DATABASE=postgresql.
+.PHONY: seed-million
+seed-million: $(VENV)/test.stamp
+	$(BIN)/python -m bench.seed_million
+	$(BIN)/python -m bench.admin_pages
+
 lint: $(VENV)/lint.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -135,6 +135,11 @@ class FlowRunner:
         self._add_recurrence(recurrence)
         return recurrence
 
+    @property
+    def recurrences(self) -> dict[str, Recurrence]:
+        """The recurring flows that the code declares, by their names."""
+        return dict(self._recurrences)
+
     def _add_recurrence(self, recurrence: Recurrence) -> None:
         if recurrence.name in self._recurrences:
             raise DuplicateFlowTemplate(

@@ -30,12 +30,16 @@ INSTALLED_APPS = [
     "tests.shop",
     "demo_project.observatory",
 ]
+# A theme of the admin comes before it.
+if THEME := os.environ.get("EBBS_TEST_THEME", ""):
+    INSTALLED_APPS.insert(0, THEME)
 MIDDLEWARE = [
     "django.middleware.security.SecurityMiddleware",
     "django.contrib.sessions.middleware.SessionMiddleware",
     "django.middleware.csrf.CsrfViewMiddleware",
     "django.contrib.auth.middleware.AuthenticationMiddleware",
     "django.contrib.messages.middleware.MessageMiddleware",
+    "tests.browser.policy.strict_policy",
 ]
 TEMPLATES = [
     {

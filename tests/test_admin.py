@@ -10,64 +10,34 @@ from typing import Any
 import pytest
 from django.contrib.admin import site
 from django.contrib.admin.models import LogEntry
-from django.contrib.auth.models import Permission, User
+from django.contrib.auth.models import User
 from django.http import HttpRequest
 from django.test import Client
-from django.urls import reverse
 
-from ebbs_and_flows import ExecutionContext, FlowStatus, FlowTemplate, flow_runner, task
+from ebbs_and_flows import FlowStatus, FlowTemplate, flow_runner, task
 from ebbs_and_flows.models import ExecutionContextEntry, FlowExecution, TaskExecution
+
+from .operators import (
+    LIST,
+    addresses,
+    billing,
+    charge,
+    failed,
+    page,
+    registered,
+    succeeded,
+    user_with,
+)
 
 pytestmark = pytest.mark.django_db
 
-LIST = "/admin/ebbs_and_flows/flowexecution/"
-EVIL = '"></script><img src=x onerror=alert(1)>\u202e{{ 7|add:7 }}'
 ACTIONS = ("reschedule", "rerun_now", "rerun_from_start", "cancel")
 
 
-@task
-def first(context: ExecutionContext) -> ExecutionContext:
-    """Do the first thing."""
-    return context.with_entries(first_result={"password": "hunter2", "n": 1})
-
-
-@task(name="charge")
-def charge(context: ExecutionContext) -> ExecutionContext:
-    if context.get("bad"):
-        raise ValueError(context["bad"])
-    return context
-
-
 @pytest.fixture(autouse=True)
-def template() -> Iterator[FlowTemplate]:
-    yield flow_runner.register_flow_template(FlowTemplate("billing", tasks=[first, charge]))
-    flow_runner._templates.pop("billing", None)
-
-
-def failed(bad: str = "no") -> FlowExecution:
-    return flow_runner.run_flow_execution(flow_runner.schedule_flow("billing", {"bad": bad}))
-
-
-def succeeded(**context: Any) -> FlowExecution:
-    return flow_runner.run_flow_execution(flow_runner.schedule_flow("billing", context))
-
-
-def user_with(*permissions: str) -> Client:
-    user = User.objects.create_user("ada", password="x", is_staff=True)
-    user.user_permissions.set(
-        Permission.objects.filter(
-            content_type__app_label="ebbs_and_flows", codename__in=permissions
-        )
-    )
-    client = Client()
-    client.force_login(user)
-    return client
-
-
-def page(client: Client, url: str) -> str:
-    response = client.get(url)
-    assert response.status_code == 200, response.status_code
-    return response.content.decode()
+def template() -> Iterator[None]:
+    with registered(billing()):
+        yield
 
 
 def choose(client: Client, action: str, *flows: FlowExecution, **more: Any) -> list[str]:
@@ -85,7 +55,7 @@ def test_the_list_says_what_went_wrong_where(admin_client: Client) -> None:
     text = page(admin_client, LIST)
     assert "ebbs-pill ebbs-failed" in text
     assert "1 of 2" in text
-    assert "<bdi>charge</bdi>: <bdi>ValueError: the card is bad</bdi>" in text
+    assert "<b><bdi>charge</bdi></b>: <bdi>ValueError: the card is bad</bdi>" in text
     assert "Add flow execution" not in text
 
 
@@ -98,7 +68,10 @@ def test_the_list_filters_and_searches(admin_client: Client) -> None:
         "?q=bill": {flow.pk, other.pk},
         "?q=rder": set(),
         "?q=9999999999999999999999": set(),
-        "?status__exact=SUCCEEDED": {other.pk},
+        "?status=SUCCEEDED": {other.pk},
+        "?status=waiting": {flow.pk},
+        "?when=hour": {flow.pk, other.pk},
+        "?when=month&status=SUCCEEDED": {other.pk},
         "?template=billing": {flow.pk, other.pk},
         "?template=unknown": set(),
     }
@@ -187,7 +160,7 @@ def test_all_across_pages_are_taken_in_batches(
 def test_without_the_permission_there_is_no_button_and_a_post_is_403(name: str) -> None:
     flow = failed()
     client = user_with("view_flowexecution")
-    assert f'action="{name}/"' not in page(client, f"{LIST}{flow.pk}/change/")
+    assert f'action="{LIST}{flow.pk}/{name}/"' not in page(client, f"{LIST}{flow.pk}/change/")
     assert f'value="{name}"' not in page(client, LIST)
     assert client.post(f"{LIST}{flow.pk}/{name}/").status_code == 403
     data = {"action": name, "_selected_action": [flow.pk], "index": 0}
@@ -201,7 +174,7 @@ def test_without_the_permission_there_is_no_button_and_a_post_is_403(name: str) 
 def test_the_buttons_of_a_flow_act_by_post_only(admin_client: Client, name: str) -> None:
     flow = failed()
     url = f"{LIST}{flow.pk}/{name}/"
-    assert f'action="{name}/"' in page(admin_client, f"{LIST}{flow.pk}/change/")
+    assert f'action="{url}"' in page(admin_client, f"{LIST}{flow.pk}/change/")
     assert admin_client.get(url).status_code == 405
     strict = Client(enforce_csrf_checks=True)
     strict.force_login(User.objects.get(username="admin"))
@@ -221,54 +194,8 @@ def test_one_permission_gives_one_button() -> None:
     flow = failed()
     client = user_with("view_flowexecution", "reschedule_flowexecution")
     text = page(client, f"{LIST}{flow.pk}/change/")
-    assert re.findall(r'action="(\w+)/"', text) == ["reschedule"]
+    assert re.findall(rf'action="{LIST}{flow.pk}/(\w+)/"', text) == ["reschedule"]
     assert client.post(f"{LIST}{flow.pk}/reschedule/").status_code == 302
-
-
-def walk(flow: FlowExecution) -> list[str]:
-    attempt = TaskExecution.objects.filter(flow_execution=flow).first()
-    entry = ExecutionContextEntry.objects.filter(flow_execution=flow).first()
-    urls = []
-    for model, row in (
-        ("flowexecution", flow),
-        ("taskexecution", attempt),
-        ("executioncontextentry", entry),
-    ):
-        name = f"admin:ebbs_and_flows_{model}"
-        urls += [reverse(f"{name}_changelist"), reverse(f"{name}_add")]
-        urls += [
-            reverse(f"{name}_{verb}", args=[row.pk])  # type: ignore[union-attr]
-            for verb in ("change", "delete", "history")
-        ]
-    return urls + [f"{LIST}{flow.pk}/{name}/" for name in ACTIONS]
-
-
-def test_nobody_changes_or_sees_what_is_not_theirs() -> None:
-    flow = succeeded(plain="visible-value")
-    before = list(FlowExecution.objects.values())
-    strangers = {
-        "anonymous": Client(),
-        "no rights": user_with(),
-    }
-    for who, client in strangers.items():
-        for url in walk(flow):
-            for response in (client.get(url), client.post(url, {"post": "yes"})):
-                assert response.status_code in {302, 403, 405}, (who, url)
-                assert b"visible-value" not in response.content
-    User.objects.all().delete()
-    viewer = user_with("view_flowexecution")
-    for url in walk(flow):
-        assert b"visible-value" not in viewer.get(url).content, url
-        viewer.post(url, {"post": "yes"})
-    assert list(FlowExecution.objects.values()) == before
-
-
-def test_no_record_is_added_or_edited_by_hand(admin_client: Client) -> None:
-    flow = succeeded()
-    for url in walk(flow):
-        if url.endswith("/add/"):
-            assert admin_client.get(url).status_code == 403
-            assert admin_client.post(url, {}).status_code == 403
 
 
 # One flow
@@ -293,7 +220,7 @@ def test_the_page_shows_tasks_context_and_history(admin_client: Client) -> None:
 
 def test_what_looks_secret_is_masked_on_every_page(admin_client: Client) -> None:
     flow = succeeded(api_key="s3cret-1", nested=[{"x": {"TOKEN": "s3cret-2"}}], pw={("a"): 1})
-    urls = [f"{LIST}{flow.pk}/change/", *walk(flow)]
+    urls = [f"{LIST}{flow.pk}/change/", *addresses(flow)]
     entries = ExecutionContextEntry.objects.filter(flow_execution=flow)
     urls += [f"/admin/ebbs_and_flows/executioncontextentry/{row.pk}/change/" for row in entries]
     text = "".join(admin_client.get(url).content.decode() for url in urls)
@@ -335,25 +262,6 @@ def test_a_missing_or_drifted_template_is_said_on_top(admin_client: Client) -> N
     assert "No template &#x27;billing&#x27; is registered here" in page(
         admin_client, f"{LIST}{flow.pk}/change/"
     )
-
-
-def test_nothing_that_a_task_stores_breaks_the_markup(admin_client: Client) -> None:
-    evil = FlowTemplate("evil <img>", tasks=[first, charge])
-    flow_runner.register_flow_template(evil)
-    try:
-        name = "<img src=x onerror=alert(2)>"
-        flow = flow_runner.schedule_flow(
-            "evil <img>", {"bad": EVIL, name: {EVIL: "\ud83d\x00"}}, key="<img>", actor="<img>"
-        )
-        flow = flow_runner.run_flow_execution(flow)
-        flow = flow_runner.reschedule_flow_execution(flow, reason=EVIL, actor="<img>")
-        texts = [admin_client.get(url).content.decode() for url in (LIST, *walk(flow))]
-    finally:
-        flow_runner._templates.pop("evil <img>")
-    for text in texts:
-        assert not re.search("<img(>| src=x)", text)
-        assert not re.search(r"<[^>]*\sstyle=", text.split('id="content')[-1])
-        assert not re.search(r"<[a-z][^>]*\son\w+=", text)
 
 
 def test_an_unknown_flow_is_a_message_and_no_traceback(admin_client: Client) -> None:
@@ -399,5 +307,5 @@ def test_durations_read_well() -> None:
     from ebbs_and_flows.admin.pieces import duration
 
     shown = [duration(timedelta(seconds=s)) for s in (0.25, 75, 3700, 200_000)]
-    assert shown == ["0.2 s", "1 min 15 s", "1 h 1 min", "2 d 7 h"]
+    assert shown == ["250 ms", "1 min 15 s", "1 h 1 min", "2 d 7 h"]
     assert duration(None) == ""

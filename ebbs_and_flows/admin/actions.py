@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from django.contrib import admin, messages
-from django.contrib.admin.models import CHANGE, LogEntry
+from django.contrib.admin.models import CHANGE
 from django.db.models import QuerySet
 from django.http import HttpRequest
 from django.utils.translation import gettext_lazy as _
 from django.utils.translation import ngettext, ngettext_lazy
 
 from ..exceptions import EbbsAndFlowsError, FlowExecutionNotFound, IllegalTransition
-from ..models import MAX_PRIORITY, NAME_LENGTH, FlowExecution
+from ..models import MAX_PRIORITY, FlowExecution
 from ..runner import flow_runner
 from ..status import ALLOWED_TRANSITIONS, FINISHED, FlowStatus
+from .pages import actor, log, may
 
 _BATCH = 500
 _SHOWN_ERRORS = 5
@@ -38,8 +40,7 @@ class FlowAction:
 
     def is_permitted(self, request: HttpRequest) -> bool:
         """Whether the user has the verb's permission."""
-        user: Any = request.user
-        return bool(user.has_perm(f"ebbs_and_flows.{self.permission}"))
+        return may(request, self.permission)
 
 
 FLOW_ACTIONS = (
@@ -105,16 +106,15 @@ def apply(action: FlowAction, request: HttpRequest, flows: QuerySet[FlowExecutio
 
     The flows are read in batches, so that memory does not grow with their number.
     """
-    user: Any = request.user
-    actor = "".join(filter(str.isprintable, user.get_username()))[:NAME_LENGTH]
+    by = actor(request)
     done = left = 0
     errors: Counter[str] = Counter()
-    for flow in _in_batches(flows):
+    for flow in chain.from_iterable(in_batches(flows)):
         if flow.status not in action.statuses:
             left += 1
             continue
         try:
-            action.act(flow, actor)
+            action.act(flow, by)
         except (IllegalTransition, FlowExecutionNotFound):
             # Changed since it was read.
             left += 1
@@ -122,13 +122,7 @@ def apply(action: FlowAction, request: HttpRequest, flows: QuerySet[FlowExecutio
             errors[str(error)] += 1
         else:
             done += 1
-            LogEntry.objects.log_actions(
-                user_id=user.pk,
-                queryset=[flow],
-                action_flag=CHANGE,
-                change_message=str(action.label),
-                single_object=True,
-            )
+            log(request, flow, CHANGE, str(action.label))
     if done:
         messages.success(request, action.done % done)
     if left:
@@ -140,12 +134,13 @@ def apply(action: FlowAction, request: HttpRequest, flows: QuerySet[FlowExecutio
         messages.error(request, ngettext("%d more error.", "%d more errors.", more) % more)
 
 
-def _in_batches(flows: QuerySet[FlowExecution]) -> Iterator[FlowExecution]:
+def in_batches(flows: QuerySet[FlowExecution]) -> Iterator[list[FlowExecution]]:
+    """Yield all flows in short lists, the newest first."""
     # Downwards, so that what is forked meanwhile is not met.
     ordered = flows.order_by("-pk")
     batch = list(ordered[:_BATCH])
     while batch:
-        yield from batch
+        yield batch
         batch = list(ordered.filter(pk__lt=batch[-1].pk)[:_BATCH])
 
 

@@ -1,112 +1,39 @@
-"""The list of flows and one flow's page."""
+"""Flow executions in the admin: which page answers where, and who may see it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from itertools import groupby
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-from django.contrib import admin, messages
-from django.contrib.admin.utils import unquote
+from django.contrib import admin
 from django.contrib.admin.views.main import ChangeList
 from django.core.exceptions import PermissionDenied
-from django.db.models import Count, Q, QuerySet
-from django.db.models.functions import Left, Length
-from django.http import (
-    HttpRequest,
-    HttpResponse,
-    HttpResponseNotAllowed,
-    HttpResponseRedirect,
-)
+from django.db.models import QuerySet
+from django.http import HttpRequest, HttpResponse, HttpResponseNotAllowed, HttpResponseRedirect
 from django.template.response import TemplateResponse
-from django.urls import URLPattern, path, reverse
-from django.utils.html import format_html
-from django.utils.safestring import SafeString
+from django.urls import URLPattern, path
 from django.utils.translation import gettext as _
-from django.utils.translation import gettext_lazy
+from django.utils.translation import gettext_lazy, ngettext
 
-from ..exceptions import TemplateDrift
-from ..models import ExecutionContextEntry, FlowExecution, FlowTransition, TaskExecution
-from ..runner import flow_runner
-from ..service import flow_service
-from ..status import FINISHED, FlowStatus, TaskStatus
-from .actions import FLOW_ACTIONS, FlowAction, apply, list_action
-from .paginator import BoundedPaginator
-from .pieces import MAX_SHOWN, ShownValue, duration, pill, progress, shown_value
+from ..models import FlowExecution
+from ..status import FINISHED
+from .actions import FLOW_ACTIONS, FlowAction, apply, in_batches, list_action
+from .by_hand import by_hand_page
+from .filters import StatusFilter, TemplateFilter, WhenFilter
+from .flow_list import FlowColumns, add_attempts, live_query, rows_asked_for, search
+from .flow_page import flow_page
+from .overview import overview
+from .pages import admin_url, flow_or_refusal, flow_url, may, refuse_other_methods, require
+from .paginator import MAX_COUNT, BoundedPaginator
+from .queries import flows
+from .rerun import rerun_page
 
-if TYPE_CHECKING:
-    _ModelAdmin = admin.ModelAdmin[FlowExecution]
-else:
-    _ModelAdmin = admin.ModelAdmin
-
-MAX_ENTRIES = 200
-MAX_ATTEMPTS = 2_000
-MAX_OUTPUTS = 20
-
-
-class TemplateFilter(admin.SimpleListFilter):
-    """By template: the registered ones and those that the table knows."""
-
-    title = gettext_lazy("template")
-    parameter_name = "template"
-
-    def lookups(
-        self, request: HttpRequest, model_admin: admin.ModelAdmin[Any]
-    ) -> list[tuple[str, str]]:
-        """Return the names: a look-up in the index for each, not a scan of all rows."""
-        names = set(flow_runner.templates)
-        seen = flow_service.repository.flows.order_by("template_name")
-        last = ""
-        while found := seen.filter(template_name__gt=last).values_list("template_name", flat=True)[
-            :1
-        ]:
-            last = found[0]
-            names.add(last)
-        return [(name, name) for name in sorted(names)]
-
-    def queryset(self, request: HttpRequest, queryset: QuerySet[Any]) -> QuerySet[Any]:
-        """Narrow the list to the chosen name."""
-        return queryset.filter(template_name=self.value()) if self.value() else queryset
-
-
-@dataclass(slots=True, kw_only=True)
-class TaskRow:
-    """One task on a flow's page."""
-
-    name: str
-    description: str
-    status: SafeString | str
-    attempts: list[TaskExecution] = field(default_factory=list)
-
-    @property
-    def failures(self) -> list[TaskExecution]:
-        """The attempts with an output to read, the last first."""
-        return [attempt for attempt in reversed(self.attempts) if attempt.output][:MAX_OUTPUTS]
-
-    @property
-    def started_at(self) -> Any:
-        """When its first attempt started."""
-        return self.attempts[0].started_at if self.attempts else None
-
-    @property
-    def took(self) -> str:
-        """How long its last attempt took."""
-        if not self.attempts or self.attempts[-1].finished_at is None:
-            return ""
-        return duration(self.attempts[-1].finished_at - self.attempts[-1].started_at)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EntryGroup:
-    """The entries that one attempt, or the scheduling, wrote."""
-
-    writer: str
-    entries: list[tuple[str, ShownValue]]
+MAX_NAMED = 100
+FlowPage = Callable[["FlowExecutionAdmin", HttpRequest, FlowExecution], HttpResponse]
 
 
 @admin.register(FlowExecution)
-class FlowExecutionAdmin(_ModelAdmin):
+class FlowExecutionAdmin(FlowColumns, admin.ModelAdmin):  # type: ignore[type-arg]
     """Flows: to look at, to continue, to rerun, to cancel."""
 
     list_display = (
@@ -114,23 +41,27 @@ class FlowExecutionAdmin(_ModelAdmin):
         "status_pill",
         "progress",
         "what_went_wrong",
-        "run_at",
-        "started_at",
-        "took",
-        "attempts",
+        "scheduled_for",
+        "started",
     )
     list_display_links = ("name",)
-    list_filter = ("status", TemplateFilter, "created_at")
+    list_filter = (StatusFilter, TemplateFilter, WhenFilter)
+    list_per_page = 50
+    show_facets = admin.ShowFacets.NEVER
+    # Another order than by id would sort the whole table.
     ordering = ("-id",)
+    sortable_by = ()
     search_fields = ("id",)
-    search_help_text = gettext_lazy("An id, or the beginning of a key or of a template's name")
+    search_help_text = gettext_lazy(
+        "An id, the beginning of a key, or a part of a template's name"
+    )
     show_full_result_count = False
     paginator = BoundedPaginator
     actions = tuple(list_action(action) for action in FLOW_ACTIONS)
-    change_form_template = "admin/ebbs_and_flows/flowexecution/page.html"
 
     class Media:
         css: ClassVar = {"all": ("ebbs_and_flows/admin.css",)}
+        js: ClassVar = ("ebbs_and_flows/admin.js",)
 
     # Permissions
 
@@ -164,29 +95,16 @@ class FlowExecutionAdmin(_ModelAdmin):
     def get_search_results(
         self, request: HttpRequest, queryset: QuerySet[Any], search_term: str
     ) -> tuple[QuerySet[Any], bool]:
-        """Search by id, and by the beginning of a key or a template's name."""
+        """Search by id, by the beginning of a key and by a part of a template's name."""
         term = search_term.strip()
-        if not term:
-            return queryset, False
-        wanted = Q(key__startswith=term) | Q(template_name__startswith=term)
-        if term.isascii() and term.isdigit() and len(term) < 19:
-            wanted |= Q(pk=int(term))
-        return queryset.filter(wanted), False
+        return (search(queryset, term) if term else queryset), False
 
     def get_changelist_instance(self, request: HttpRequest) -> ChangeList:
         """Look up what the rows of this page need, in two queries for all."""
         changes = super().get_changelist_instance(request)
-        flows = list(changes.result_list)
-        failures = flow_service.get_failures(flows)
-        counts = dict(
-            flow_service.repository.attempts.filter(flow_execution__in=[f.pk for f in flows])
-            .values_list("flow_execution")
-            .annotate(Count("pk"))
-        )
-        for flow in flows:
-            flow.failure = failures.get(flow.pk)
-            flow.attempt_count = counts.get(flow.pk, 0)
-        changes.result_list = flows
+        rows = list(changes.result_list)
+        add_attempts(rows)
+        changes.result_list = rows
         return changes
 
     def changelist_view(
@@ -197,64 +115,85 @@ class FlowExecutionAdmin(_ModelAdmin):
         for action in FLOW_ACTIONS:
             if action.name in chosen and not action.is_permitted(request):
                 raise PermissionDenied
-        return super().changelist_view(request, extra_context)
+        response = super().changelist_view(request, extra_context)
+        if isinstance(response, TemplateResponse) and "cl" in (response.context_data or {}):
+            context: Any = response.context_data
+            rows = context["cl"].result_list
+            context.update(
+                self._around_list(request, live_query(rows)),
+                title=_("Flow executions"),
+                is_count_bounded=context["cl"].result_count >= MAX_COUNT,
+            )
+        return response
 
-    @admin.display(description=gettext_lazy("flow"), ordering="template_name")
-    def name(self, flow: FlowExecution) -> SafeString:
-        return format_html("<bdi>{}</bdi> #{}", flow.template_name, flow.pk)
+    def _live_view(self, request: HttpRequest) -> HttpResponse:
+        """Answer with the newest content of what the list's page may refresh."""
+        refusal = refuse_other_methods(request, "GET")
+        if refusal is not None:
+            return refusal
+        require(request, "view_flowexecution")
+        rows = rows_asked_for(request)
+        add_attempts(rows)
+        context = {
+            **self._around_list(request, live_query(rows)),
+            "opts": self.opts,
+            "cells": self.live_cells(rows),
+        }
+        return TemplateResponse(request, "admin/ebbs_and_flows/flowexecution/live.html", context)
 
-    @admin.display(description=gettext_lazy("status"), ordering="status")
-    def status_pill(self, flow: FlowExecution) -> SafeString:
-        return pill(flow.status)
-
-    @admin.display(description=gettext_lazy("progress"))
-    def progress(self, flow: FlowExecution) -> SafeString:
-        return progress(flow)
-
-    @admin.display(description=gettext_lazy("what went wrong"))
-    def what_went_wrong(self, flow: Any) -> SafeString | str:
-        if flow.failure is None:
-            return ""
-        first_line = flow.failure.output.partition("\n")[0]
-        shown = first_line if len(first_line) <= 120 else first_line[:119] + "…"
-        return format_html("<bdi>{}</bdi>: <bdi>{}</bdi>", flow.failure.task_name, shown)
-
-    @admin.display(description=gettext_lazy("took"))
-    def took(self, flow: FlowExecution) -> str:
-        return duration(flow.duration)
-
-    @admin.display(description=gettext_lazy("attempts"))
-    def attempts(self, flow: Any) -> int:
-        return int(flow.attempt_count)
+    def _around_list(self, request: HttpRequest, query: str) -> dict[str, Any]:
+        name = "ebbs_and_flows_flowexecution_live"
+        return {
+            "overview": overview(),
+            "refresh_url": f"{admin_url(self.admin_site, name)}?{query}",
+            "may_schedule": may(request, "schedule_flow"),
+        }
 
     # One flow
 
     def get_urls(self) -> list[URLPattern]:
-        """Add a URL for each verb."""
-        ours = [
-            path(
-                f"<path:object_id>/{action.name}/",
-                self.admin_site.admin_view(self._act_view(action)),
-                name=f"ebbs_and_flows_flowexecution_{action.name}",
-            )
-            for action in FLOW_ACTIONS
+        """Add a URL for each verb and each page of the app's own."""
+        pages: dict[str, tuple[FlowPage, str]] = {
+            "rerun_from": (rerun_page, "rerun_flowexecution"),
+            "by_hand": (by_hand_page, "reschedule_flowexecution"),
+        }
+        views = {
+            **{action.name: self._act_view(action) for action in FLOW_ACTIONS},
+            **{name: self._page_view(*page) for name, page in pages.items()},
+        }
+        prefix = "ebbs_and_flows_flowexecution"
+        wrap = self.admin_site.admin_view
+        return [
+            path("live/", wrap(self._live_view), name=f"{prefix}_live"),
+            *(
+                path(f"<path:object_id>/{name}/", wrap(view), name=f"{prefix}_{name}")
+                for name, view in views.items()
+            ),
+            *super().get_urls(),
         ]
-        return [*ours, *super().get_urls()]
 
     def _act_view(self, action: FlowAction) -> Callable[..., HttpResponse]:
         def view(request: HttpRequest, object_id: str) -> HttpResponse:
-            if request.method != "POST":
-                return HttpResponseNotAllowed(["POST"])
-            if not (self.has_view_permission(request) and action.is_permitted(request)):
-                raise PermissionDenied
-            flow = self.get_object(request, unquote(object_id))
-            if flow is None:
-                return self._not_found(request, object_id)
-            apply(action, request, flow_service.repository.flows.filter(pk=flow.pk))
-            page = reverse(
-                f"{self.admin_site.name}:ebbs_and_flows_flowexecution_change", args=[flow.pk]
-            )
-            return HttpResponseRedirect(page)
+            refusal = refuse_other_methods(request, "POST")
+            if refusal is not None:
+                return refusal
+            require(request, "view_flowexecution", action.permission)
+            flow = flow_or_refusal(self, request, object_id)
+            if isinstance(flow, HttpResponse):
+                return flow
+            apply(action, request, flows().filter(pk=flow.pk))
+            return HttpResponseRedirect(flow_url(self.admin_site, flow.pk))
+
+        return view
+
+    def _page_view(self, page: FlowPage, permission: str) -> Callable[..., HttpResponse]:
+        def view(request: HttpRequest, object_id: str) -> HttpResponse:
+            refusal = refuse_other_methods(request, "GET", "POST")
+            if refusal is not None:
+                return refusal
+            require(request, "view_flowexecution", permission)
+            flow = flow_or_refusal(self, request, object_id)
+            return flow if isinstance(flow, HttpResponse) else page(self, request, flow)
 
         return view
 
@@ -268,47 +207,12 @@ class FlowExecutionAdmin(_ModelAdmin):
         """Show one flow."""
         if request.method != "GET":
             return HttpResponseNotAllowed(["GET"])
-        flow = self.get_object(request, unquote(object_id))
-        if not self.has_view_permission(request, flow):
-            raise PermissionDenied
-        if flow is None:
-            return self._not_found(request, object_id)
-        user: Any = request.user
-        may_see_values = user.has_perm("ebbs_and_flows.view_executioncontextentry")
-        groups, more_entries = _entry_groups(flow) if may_see_values else ([], 0)
-        context = {
-            **self.admin_site.each_context(request),
-            "opts": self.opts,
-            "media": self.media,
-            "title": str(flow),
-            "subtitle": None,
-            "flow": flow,
-            "pill": pill(flow.status),
-            "progress": progress(flow),
-            "took": duration(flow.duration),
-            "warnings": _warnings(flow),
-            "actions": [
-                action
-                for action in FLOW_ACTIONS
-                if action.is_permitted(request) and flow.status in action.statuses
-            ],
-            "may_delete": self.has_delete_permission(request, flow),
-            "tasks": _task_rows(flow),
-            "may_see_values": may_see_values,
-            "entry_groups": groups,
-            "more_entries": more_entries,
-            "transitions": _transitions(flow),
-            "reruns": list(flow.reruns.order_by("pk")[:20]),
-            **(extra_context or {}),
-        }
-        return TemplateResponse(request, self.change_form_template, context)
-
-    def _not_found(self, request: HttpRequest, object_id: str) -> HttpResponse:
-        text = _("There is no flow execution %(id)s.") % {"id": repr(unquote(object_id)[:40])}
-        messages.warning(request, text)
-        return HttpResponseRedirect(
-            reverse(f"{self.admin_site.name}:ebbs_and_flows_flowexecution_changelist")
-        )
+        require(request, "view_flowexecution")
+        flow = flow_or_refusal(self, request, object_id)
+        if isinstance(flow, HttpResponse):
+            return flow
+        may_delete = self.has_delete_permission(request, flow)
+        return flow_page(self, request, flow, may_delete=may_delete, **(extra_context or {}))
 
     # Deleting: finished flows, with all their records
 
@@ -316,85 +220,24 @@ class FlowExecutionAdmin(_ModelAdmin):
         self, objs: Iterable[Any], request: HttpRequest
     ) -> tuple[list[Any], dict[str, int], set[str], list[Any]]:
         """Say what a deletion takes along; flows that are not over are protected from it."""
-        flows = list(objs)
-        running = [str(flow) for flow in flows if not flow.is_finished]
-        may = super().has_delete_permission(request)
-        needed = set() if may else {str(self.opts.verbose_name)}
-        names = [str(flow) for flow in flows]
-        return names, {str(self.opts.verbose_name_plural): len(flows)}, needed, running
+        names: list[str] = []
+        running: list[str] = []
+        count = 0
+        for flow in objs.iterator() if isinstance(objs, QuerySet) else objs:
+            count += 1
+            if count <= MAX_NAMED:
+                names.append(str(flow))
+            if not flow.is_finished and len(running) < MAX_NAMED:
+                running.append(str(flow))
+        if count > MAX_NAMED:
+            more = count - MAX_NAMED
+            names.append(ngettext("and %d more flow", "and %d more flows", more) % more)
+        may_delete = super().has_delete_permission(request)
+        needed = set() if may_delete else {str(self.opts.verbose_name)}
+        return names, {str(self.opts.verbose_name_plural): count}, needed, running
 
     def delete_queryset(self, request: HttpRequest, queryset: QuerySet[Any]) -> None:
         """Delete what is still over at this moment."""
-        queryset.filter(status__in=FINISHED).delete()
-
-
-def _warnings(flow: FlowExecution) -> list[str]:
-    template = flow_runner.templates.get(flow.template_name)
-    if template is None:
-        return [
-            _(
-                "No template %(name)s is registered here, so nothing can run this flow: put the"
-                " template back, or cancel the flow."
-            )
-            % {"name": repr(flow.template_name)}
-        ]
-    try:
-        flow_service.check_drift(template, flow.task_names[: flow.current_task_index], flow.pk)
-    except TemplateDrift as drift:
-        return [] if flow.status in {FlowStatus.SUCCEEDED, FlowStatus.CANCELLED} else [str(drift)]
-    return []
-
-
-def _task_rows(flow: FlowExecution) -> list[TaskRow]:
-    template = flow_runner.templates.get(flow.template_name)
-    described = {task.name: task.description for task in template.tasks} if template else {}
-    rows = []
-    for index, name in enumerate(flow.task_names):
-        before = index < flow.first_task_index
-        state = _("Done in the flow that this is a rerun of") if before else _("To come")
-        summary = described.get(name, "").partition("\n")[0]
-        rows.append(TaskRow(name=name, description=summary, status=state))
-    attempts = flow_service.repository.attempts.filter(flow_execution=flow.pk)
-    for attempt in attempts.order_by("task_index", "attempt")[:MAX_ATTEMPTS]:
-        if attempt.task_index == len(rows):
-            rows.append(TaskRow(name=attempt.task_name, description="", status=""))
-        row = rows[attempt.task_index]
-        row.attempts.append(attempt)
-        row.status = pill(TaskStatus(attempt.status))
-    return rows
-
-
-def _entry_groups(flow: FlowExecution) -> tuple[list[EntryGroup], int]:
-    found = ExecutionContextEntry.objects.using(flow_service.repository.using).filter(
-        flow_execution=flow.pk
-    )
-    rows = (
-        found.annotate(shown=Left("value", MAX_SHOWN), size=Length("value"))
-        .order_by("pk")
-        .values_list("name", "shown", "size", "task_execution__task_name")[: MAX_ENTRIES + 1]
-    )
-    shown = list(rows)
-    more = max(0, found.count() - MAX_ENTRIES) if len(shown) > MAX_ENTRIES else 0
-    return [
-        EntryGroup(
-            writer=writer or _("At scheduling"),
-            entries=[(name, shown_value(name, text, size)) for name, text, size, _by in group],
-        )
-        for writer, group in groupby(shown[:MAX_ENTRIES], key=lambda row: row[3])
-    ], more
-
-
-def _transitions(flow: FlowExecution) -> list[dict[str, Any]]:
-    rows = FlowTransition.objects.using(flow_service.repository.using).filter(
-        flow_execution=flow.pk
-    )
-    return [
-        {
-            "at": row.at,
-            "from": pill(row.from_status) if row.from_status else "",
-            "to": pill(row.to_status),
-            "actor": row.actor,
-            "reason": row.reason,
-        }
-        for row in rows.order_by("-pk")[:200]
-    ][::-1]
+        for batch in in_batches(queryset.filter(status__in=FINISHED)):
+            doomed = [flow.pk for flow in batch]
+            flows().filter(pk__in=doomed, status__in=FINISHED).delete()

@@ -1,26 +1,22 @@
-"""Small pieces of pages: pills, progress, durations, stored values made readable."""
+"""Small pieces of pages: pills, progress, durations, moments."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
+from django.template.defaultfilters import date as format_date
+from django.utils import timezone
 from django.utils.html import format_html, format_html_join
 from django.utils.safestring import SafeString
 from django.utils.translation import gettext as _
-from django.views.debug import SafeExceptionReporterFilter
+from django.utils.translation import ngettext
 
 from ..models import FlowExecution
 from ..status import FlowStatus, TaskStatus
 
 MAX_SEGMENTS = 24
-MAX_SHOWN = 20_000
-FOLDED_ABOVE = 200
-
-_SECRET = SafeExceptionReporterFilter.hidden_settings
-_MASK = SafeExceptionReporterFilter.cleansed_substitute
 
 
 def pill(status: str) -> SafeString:
@@ -43,67 +39,86 @@ def progress(flow: FlowExecution) -> SafeString:
         }.get(FlowStatus(flow.status), "to-come")
         states = ["done"] * done + [at_current] + ["to-come"] * total
         bar = format_html_join("", "<i class=ebbs-{}></i>", ((s,) for s in states[:total]))
-    return format_html('<span class="ebbs-progress" aria-hidden="true">{}</span> {}', bar, words)
+    return format_html(
+        '<span class="ebbs-progress"><span class="ebbs-segments" aria-hidden="true">{}</span>'
+        ' <span class="ebbs-words">{}</span></span>',
+        bar,
+        words,
+    )
+
+
+def reported_progress(flow: FlowExecution, running_attempt: int | None) -> SafeString | str:
+    """Return what the attempt in progress says of itself: a bar, numbers, a message."""
+    try:
+        report: Any = json.loads(flow.task_progress or "null")
+        done, total = report["done"], report["total"]
+        is_current = report["task_execution"] == running_attempt
+    except (ValueError, TypeError, KeyError):
+        return ""
+    if not is_current or flow.status != FlowStatus.RUNNING:
+        return ""
+    message = str(report.get("message") or "")[:200]
+    if not total:
+        words = _("%(done)s done") % {"done": done}
+        return format_html('<span class="ebbs-reported">{} <bdi>{}</bdi></span>', words, message)
+    words = _("%(done)s of %(total)s") % {"done": done, "total": total}
+    return format_html(
+        '<span class="ebbs-reported"><progress max="{}" value="{}" aria-label="{}"></progress>'
+        " {} <bdi>{}</bdi></span>",
+        total,
+        done,
+        words,
+        words,
+        message,
+    )
+
+
+def first_line(headline: str, error_type: str) -> str:
+    """Return the first line of an output, with the error's type without its module."""
+    line = headline.partition("\n")[0]
+    if "." in error_type and line.startswith(error_type):
+        line = error_type.rpartition(".")[2] + line[len(error_type) :]
+    return line
 
 
 def duration(value: timedelta | None) -> str:
     """Return a duration in the one or two units that matter."""
     if value is None:
         return ""
-    seconds = value.total_seconds()
-    if seconds < 60:
+    seconds = max(value.total_seconds(), 0)
+    if seconds < 0.001:
+        return "< 1 ms"
+    if seconds < 1:
+        return f"{seconds * 1000:.0f} ms"
+    if seconds < 59.95:
         return f"{seconds:.1f} s"
-    minutes, hours = int(seconds // 60), int(seconds // 3600)
+    seconds = round(seconds)
+    minutes, hours = seconds // 60, seconds // 3600
     if hours < 1:
-        return f"{minutes} min {int(seconds % 60)} s"
+        return f"{minutes} min {seconds % 60} s"
     return f"{hours} h {minutes % 60} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ShownValue:
-    """A stored value, as a page shows it."""
-
-    type: str
-    text: str
-    is_long: bool
-
-
-def shown_value(name: str, stored: str, size: int) -> ShownValue:
-    """Return an entry's value for a page, with what looks secret masked.
-
-    `stored` is the beginning of its stored text, `size` the length of all of it, in characters.
-    Nothing is decoded: a page must not load a model's row, nor fail where one is gone.
-    """
-    if _SECRET.search(name):
-        return ShownValue(type="", text=_MASK, is_long=False)
-    if size > len(stored):
-        if _SECRET.search(stored):
-            text = _("Too long to be shown with what looks secret in it masked.")
-        else:
-            text = stored + "\n" + _("… cut here: %(size)s characters in all.") % {"size": size}
-        return ShownValue(type="", text=text, is_long=True)
-    try:
-        node = json.loads(stored)
-    except ValueError:
-        return ShownValue(type="", text=stored, is_long=size > FOLDED_ABOVE)
-    text = json.dumps(_masked(node), ensure_ascii=False, indent=2)
-    # Lone surrogates cannot be sent to a browser.
-    text = text.encode("utf-8", "backslashreplace").decode()
-    return ShownValue(type=_type_of(node), text=text, is_long=len(text) > FOLDED_ABOVE)
+def in_words(seconds: float) -> str:
+    """Return a span that a template's author gave in seconds, as a sentence has it."""
+    if seconds < 120:
+        number = f"{seconds:g}"
+        return ngettext("%s second", "%s seconds", 1 if seconds == 1 else 2) % number
+    if seconds < 7200:
+        return ngettext("%s minute", "%s minutes", 2) % f"{seconds / 60:.3g}"
+    return ngettext("%s hour", "%s hours", 2) % f"{seconds / 3600:.3g}"
 
 
-def _masked(node: Any) -> Any:
-    if isinstance(node, list):
-        # A dict whose keys are not all texts is stored as pairs.
-        if len(node) == 2 and isinstance(node[0], str) and _SECRET.search(node[0]):
-            return [node[0], _MASK]
-        return [_masked(item) for item in node]
-    if isinstance(node, dict):
-        return {key: _MASK if _SECRET.search(key) else _masked(item) for key, item in node.items()}
-    return node
-
-
-def _type_of(node: Any) -> str:
-    if isinstance(node, dict):
-        return str(node.get("model") or node.get("$type") or "dict")
-    return "None" if node is None else type(node).__name__
+def moment(value: datetime | None) -> SafeString | str:
+    """Return a moment: short to the eye, all of it to the pointer and to machines."""
+    if value is None:
+        return ""
+    local = timezone.localtime(value) if timezone.is_aware(value) else value
+    now = timezone.localtime()
+    shown = "H:i:s" if local.date() == now.date() else "j M H:i"
+    return format_html(
+        '<time datetime="{}" title="{}">{}</time>',
+        local.isoformat(),
+        format_date(local, "Y-m-d H:i:s T"),
+        format_date(local, shown if local.year == now.year else "j M Y H:i"),
+    )

@@ -6,13 +6,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from django.contrib import admin
 from django.http import HttpRequest
-from django.utils.html import format_html
+from django.utils.html import format_html, format_html_join
 from django.utils.safestring import SafeString
 from django.utils.translation import gettext_lazy as _
 
 from ..models import ExecutionContextEntry, TaskExecution
+from .attempts import log_lines
+from .pages import flow_url
 from .paginator import BoundedPaginator
-from .pieces import MAX_SHOWN, pill, shown_value
+from .pieces import pill
+from .values_shown import shown_value
 
 if TYPE_CHECKING:
     _ModelAdmin = admin.ModelAdmin[Any]
@@ -27,10 +30,18 @@ class ReadOnlyAdmin(_ModelAdmin):
     paginator = BoundedPaginator
     list_select_related: ClassVar[Any] = ("flow_execution",)
     ordering = ("-id",)
+    sortable_by = ()
+    show_facets = admin.ShowFacets.NEVER
     actions = None
 
     class Media:
         css = {"all": ("ebbs_and_flows/admin.css",)}  # noqa: RUF012 - as Django's docs have it
+
+    @admin.display(description=_("flow execution"))
+    def flow(self, record: Any) -> SafeString:
+        """A link to the flow that it belongs to."""
+        url = flow_url(self.admin_site, record.flow_execution_id)
+        return format_html('<a href="{}"><bdi>{}</bdi></a>', url, record.flow_execution)
 
     def has_add_permission(self, request: HttpRequest, obj: Any = None) -> bool:
         return False
@@ -46,10 +57,9 @@ class ReadOnlyAdmin(_ModelAdmin):
 class TaskExecutionAdmin(ReadOnlyAdmin):
     """Every attempt at every task."""
 
-    list_display = ("__str__", "flow_execution", "status_pill", "started_at", "error_type")
-    list_filter = ("status",)
+    list_display = ("__str__", "flow", "status_pill", "started_at", "error_type")
     fields = (
-        "flow_execution",
+        "flow",
         "task_index",
         "task_name",
         "attempt",
@@ -58,6 +68,7 @@ class TaskExecutionAdmin(ReadOnlyAdmin):
         "finished_at",
         "error_type",
         "output_text",
+        "log_text",
     )
     readonly_fields = fields
 
@@ -71,14 +82,27 @@ class TaskExecutionAdmin(ReadOnlyAdmin):
         """The output as it was written."""
         return format_html('<pre class="ebbs-text" dir="auto">{}</pre>', attempt.output)
 
+    @admin.display(description=_("log"))
+    def log_text(self, attempt: TaskExecution) -> SafeString:
+        """What it logged."""
+        lines = format_html_join(
+            "\n",
+            "{} {} {}: {}",
+            (
+                (line.at and line.at.isoformat(), line.level, line.logger, line.message)
+                for line in log_lines(attempt.log)
+            ),
+        )
+        return format_html('<pre class="ebbs-text" dir="auto">{}</pre>', lines)
+
 
 @admin.register(ExecutionContextEntry)
 class ExecutionContextEntryAdmin(ReadOnlyAdmin):
     """Every entry of every context; what looks secret is masked."""
 
-    list_display = ("name", "flow_execution", "task_execution")
+    list_display = ("name", "flow", "task_execution")
     list_select_related = ("flow_execution", "task_execution")
-    fields = ("flow_execution", "task_execution", "name", "value_type", "value_text")
+    fields = ("flow", "task_execution", "name", "value_type", "value_text")
     readonly_fields = fields
 
     def get_queryset(self, request: HttpRequest) -> Any:
@@ -97,4 +121,4 @@ class ExecutionContextEntryAdmin(ReadOnlyAdmin):
 
     @staticmethod
     def _shown(entry: ExecutionContextEntry) -> Any:
-        return shown_value(entry.name, entry.value[:MAX_SHOWN], len(entry.value))
+        return shown_value(entry.name, entry.value, len(entry.value))

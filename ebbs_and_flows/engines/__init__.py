@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
 from functools import cache
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 from django.core.checks import CheckMessage
 from django.utils.module_loading import import_string
@@ -12,6 +14,17 @@ from django.utils.module_loading import import_string
 from ..conf import get_settings
 from ..exceptions import ImproperSetting
 from ..recurrence import Recurrence
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QueueSchedule:
+    """A recurring flow as the queue has it; operators may have changed it there."""
+
+    cron: str
+    next_run_at: datetime | None
+    # Where it is in the admin: the name of its model's pages, and its primary key.
+    admin_name: str
+    pk: Any
 
 
 class Engine(Protocol):
@@ -37,6 +50,9 @@ class Engine(Protocol):
 
     def check(self, using: str) -> list[CheckMessage]:
         """Return what is configured so that the queue could not run the flows of `using` well."""
+
+    def schedules(self) -> dict[str, QueueSchedule]:
+        """Return the queue's own schedules by the names of the recurring flows."""
 
 
 @cache

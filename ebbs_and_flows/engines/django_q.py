@@ -22,6 +22,7 @@ from django.utils import timezone
 from ..conf import get_settings
 from ..exceptions import ImproperSetting
 from ..recurrence import Recurrence
+from . import QueueSchedule
 from .slices import run_slice
 
 if not apps.is_installed("django_q"):
@@ -99,6 +100,20 @@ class DjangoQEngine:
             *_check_broker(queue, using),
             *_check_time_zone(queue),
         ]
+
+    def schedules(self) -> dict[str, QueueSchedule]:
+        """Return django-q2's schedules of recurring flows."""
+        using = router.db_for_read(Schedule)
+        found = Schedule.objects.using(using).filter(name__startswith=_PREFIX)
+        return {
+            schedule.name.removeprefix(_PREFIX): QueueSchedule(
+                cron=schedule.cron or "",
+                next_run_at=schedule.next_run,
+                admin_name="django_q_schedule",
+                pk=schedule.pk,
+            )
+            for schedule in found
+        }
 
 
 def _kwargs(recurrence: Recurrence) -> str:

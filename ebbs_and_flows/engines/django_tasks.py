@@ -16,6 +16,7 @@ from django.utils import timezone
 
 from ..exceptions import ImproperSetting
 from ..recurrence import Recurrence
+from . import QueueSchedule
 from .slices import run_slice
 
 try:
@@ -54,6 +55,10 @@ class DjangoTasksEngine:
         self._due = {
             name: self._due.get(name) or item.next_after(now) for name, item in recurrences.items()
         }
+
+    def schedules(self) -> dict[str, QueueSchedule]:
+        """Return none: such queues have no schedules."""
+        return {}
 
     def fire_recurring(self) -> None:
         """Schedule what is due; its key makes that one flow, however many pacemakers do so."""

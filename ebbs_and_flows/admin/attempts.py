@@ -1,0 +1,217 @@
+"""One flow's tasks and attempts: what ran, how it failed, what it logged."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from django.db.models import BooleanField, Case, When
+from django.db.models.functions import Left
+from django.utils import timezone
+from django.utils.safestring import SafeString
+from django.utils.translation import gettext as _
+
+from ..models import FlowExecution, TaskExecution
+from ..runner import flow_runner
+from ..service import flow_service
+from ..status import FlowStatus, TaskStatus
+from .pieces import duration, first_line, pill
+
+MAX_ATTEMPTS = 2_000
+# Whose output and log are on the page; the others are a click away.
+MAX_TEXTS = 12
+MAX_LISTED = 10
+MAX_LOG_LINES = 300
+MAX_CAUSES = 10
+HEADLINE = 300
+
+_TRACEBACK = re.compile(
+    r"\n\n(?=\s*(?:\+ )?(?:Exception Group )?Traceback \(most recent call last\))"
+)
+_NEXT_IN_CHAIN = re.compile(
+    r"\n\n(?:The above exception was the direct cause of the following exception"
+    r"|During handling of the above exception, another exception occurred):\n\n"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Output:
+    """An attempt's output in its parts."""
+
+    headline: str
+    causes: list[str]
+    traceback: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogLine:
+    """One record that a task logged."""
+
+    at: datetime | None
+    level: str
+    logger: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShownAttempt:
+    """An attempt on a flow's page, with its texts where they are on the page."""
+
+    attempt: TaskExecution
+    status: SafeString
+    took: str
+    headline: str
+    output: Output | None = None
+    log: list[LogLine] = field(default_factory=list)
+    is_open: bool = False
+
+
+@dataclass(slots=True, kw_only=True)
+class TaskRow:
+    """One task on a flow's page."""
+
+    number: int
+    name: str
+    description: str
+    status: SafeString | str
+    attempts: list[TaskExecution] = field(default_factory=list)
+    shown: list[ShownAttempt] = field(default_factory=list)
+
+    @property
+    def started_at(self) -> datetime | None:
+        """When its first attempt started."""
+        return self.attempts[0].started_at if self.attempts else None
+
+    @property
+    def took(self) -> str:
+        """How long its last attempt took."""
+        return took(self.attempts[-1]) if self.attempts else ""
+
+
+def flow_attempts(flow: FlowExecution) -> Sequence[TaskExecution]:
+    """Return a flow's newest attempts in their order, without their long texts.
+
+    Each has `headline`, the beginning of its output, and `has_log`.
+    """
+    found = (
+        flow_service.repository.attempts.filter(flow_execution=flow.pk)
+        .annotate(
+            headline=Left("output", HEADLINE),
+            has_log=Case(When(log="", then=False), default=True, output_field=BooleanField()),
+        )
+        .defer("output", "log")
+        .order_by("-task_index", "-attempt")
+    )
+    return list(found[:MAX_ATTEMPTS])[::-1]
+
+
+def running_attempt(attempts: Sequence[TaskExecution]) -> int | None:
+    """Return the primary key of the attempt in progress."""
+    running = (a.pk for a in reversed(attempts) if a.status == TaskStatus.RUNNING)
+    return next(running, None)
+
+
+def task_rows(flow: FlowExecution, attempts: Sequence[TaskExecution]) -> list[TaskRow]:
+    """Return a row for each task, with the attempts that have something to read."""
+    template = flow_runner.templates.get(flow.template_name)
+    described = {task.name: task.description for task in template.tasks} if template else {}
+    rows = []
+    for index, name in enumerate(flow.task_names):
+        before = index < flow.first_task_index
+        state = _("Done in the flow that this is a rerun of") if before else _("To come")
+        summary = described.get(name, "").partition("\n")[0]
+        rows.append(TaskRow(number=index + 1, name=name, description=summary, status=state))
+    for attempt in attempts:
+        while attempt.task_index >= len(rows):
+            number = len(rows) + 1
+            rows.append(TaskRow(number=number, name=attempt.task_name, description="", status=""))
+        row = rows[attempt.task_index]
+        row.attempts.append(attempt)
+        row.status = pill(attempt.status)
+    texts = _texts(attempts)
+    for row in rows:
+        row.shown = [
+            _shown(attempt, texts, is_open=_stopped_at(attempt, row, flow))
+            for attempt in reversed(row.attempts)
+            if _has_text(attempt)
+        ][:MAX_LISTED]
+    return rows
+
+
+def took(attempt: TaskExecution) -> str:
+    """Return how long an attempt took, or has taken so far."""
+    return duration((attempt.finished_at or timezone.now()) - attempt.started_at)
+
+
+def split_output(text: str) -> Output:
+    """Return an output's headline, the errors that caused it, the nearest first, and the rest."""
+    headline, *rest = _TRACEBACK.split(text, maxsplit=1)
+    traceback = rest[0] if rest else ""
+    # The chain is written oldest first, and the last of it is what the headline says.
+    causes = [_last_words(part) for part in _NEXT_IN_CHAIN.split(traceback)[:-1]]
+    return Output(headline=headline, causes=causes[::-1][:MAX_CAUSES], traceback=traceback)
+
+
+def log_lines(text: str) -> list[LogLine]:
+    """Return the last records of a stored log."""
+    return [_log_line(line) for line in text.split("\n")[-MAX_LOG_LINES:] if line]
+
+
+def _texts(attempts: Sequence[TaskExecution]) -> dict[int, tuple[str, str]]:
+    wanted = [attempt.pk for attempt in reversed(attempts) if _has_text(attempt)][:MAX_TEXTS]
+    if not wanted:
+        return {}
+    found = flow_service.repository.attempts.filter(pk__in=wanted)
+    return {pk: (output, log) for pk, output, log in found.values_list("pk", "output", "log")}
+
+
+def _has_text(attempt: Any) -> bool:
+    return bool(attempt.headline or attempt.has_log)
+
+
+def _stopped_at(attempt: TaskExecution, row: TaskRow, flow: FlowExecution) -> bool:
+    return (
+        flow.status == FlowStatus.FAILED
+        and attempt is row.attempts[-1]
+        and (attempt.task_index == flow.current_task_index)
+    )
+
+
+def _shown(attempt: Any, texts: dict[int, tuple[str, str]], *, is_open: bool) -> ShownAttempt:
+    output, log = texts.get(attempt.pk, ("", ""))
+    return ShownAttempt(
+        attempt=attempt,
+        status=pill(attempt.status),
+        took=took(attempt),
+        headline=first_line(attempt.headline, attempt.error_type),
+        output=split_output(output) if output else None,
+        log=log_lines(log),
+        is_open=is_open and attempt.pk in texts,
+    )
+
+
+def _last_words(traceback: str) -> str:
+    lines = traceback.rstrip().splitlines()
+    after_frames = 0
+    for number, line in enumerate(lines):
+        if line.startswith("  "):
+            after_frames = number + 1
+    return "\n".join(lines[after_frames:] or lines[-1:])[:HEADLINE]
+
+
+def _log_line(line: str) -> LogLine:
+    try:
+        record = json.loads(line)
+        at = datetime.fromisoformat(record["at"])
+        return LogLine(
+            at=at if timezone.is_aware(at) else None,
+            level=str(record["level"]),
+            logger=str(record["logger"]),
+            message=str(record["message"]).encode("utf-8", "backslashreplace").decode(),
+        )
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return LogLine(at=None, level="", logger="", message=line)

@@ -1,0 +1,69 @@
+"""Done by hand…: the failed task was done outside, and the flow goes on after it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from django.contrib import admin, messages
+from django.contrib.admin.models import CHANGE
+from django.http import HttpRequest, HttpResponse, HttpResponseRedirect
+from django.template.response import TemplateResponse
+from django.utils.translation import gettext as _
+
+from ..exceptions import EbbsAndFlowsError
+from ..models import FlowExecution
+from ..runner import flow_runner
+from ..status import FlowStatus
+from .attempts import flow_attempts, split_output
+from .forms import ByHandForm
+from .pages import actor, flow_url, log, page_context
+from .pieces import pill, progress
+
+TEMPLATE = "admin/ebbs_and_flows/flowexecution/by_hand.html"
+
+
+def by_hand_page(
+    model_admin: admin.ModelAdmin[Any], request: HttpRequest, flow: FlowExecution
+) -> HttpResponse:
+    """Ask how the failed task was done, and continue the flow after it."""
+    page = flow_url(model_admin.admin_site, flow.pk)
+    if flow.status != FlowStatus.FAILED:
+        messages.warning(request, _("Flow %(id)s has not failed.") % {"id": flow.pk})
+        return HttpResponseRedirect(page)
+    task = (*flow.task_names, "?")[min(flow.current_task_index, len(flow.task_names))]
+    form = ByHandForm(request.POST if request.method == "POST" else None)
+    if form.is_valid():
+        reason = form.cleaned_data["reason"]
+        try:
+            flow_runner.complete_failed_task(
+                flow, form.cleaned_data["entries"], reason=reason, actor=actor(request)
+            )
+        except EbbsAndFlowsError as error:
+            form.add_error(None, str(error))
+        else:
+            done = _("Task %(task)s done by hand: %(reason)s") % {"task": task, "reason": reason}
+            log(request, flow, CHANGE, done)
+            messages.success(
+                request, _("Task %(task)s is done, and the flow goes on.") % {"task": task}
+            )
+            return HttpResponseRedirect(page)
+    said: list[str] = [attempt.headline for attempt in flow_attempts(flow) if attempt.headline]  # type: ignore[attr-defined]
+    context = page_context(
+        model_admin,
+        request,
+        _("Done by hand: %(task)s") % {"task": task},
+        flow=flow,
+        pill=pill(flow.status),
+        progress=progress(flow),
+        form=form,
+        task=task,
+        failure=split_output(said[-1]).headline if said else "",
+        next_task=_next_task(flow),
+        crumb=_("Done by hand"),
+    )
+    return TemplateResponse(request, TEMPLATE, context)
+
+
+def _next_task(flow: FlowExecution) -> str:
+    following = flow.task_names[flow.current_task_index + 1 :]
+    return str(following[0]) if following else ""

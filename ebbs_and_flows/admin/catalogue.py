@@ -1,0 +1,306 @@
+"""What is known of each template: what it does, how its last runs went, what of it waits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+from urllib.parse import urlencode
+
+from django.contrib import admin
+from django.contrib.admin.utils import quote
+from django.urls import NoReverseMatch
+from django.utils import timezone
+from django.utils.html import format_html, format_html_join
+from django.utils.safestring import SafeString
+from django.utils.translation import gettext as _
+from django.utils.translation import ngettext
+
+from ..engines import QueueSchedule, get_engine
+from ..flows import FlowTemplate, Retry, Task
+from ..models import FlowExecution, FlowTemplateState
+from ..runner import flow_runner
+from ..service import flow_service
+from ..status import WAITING, FlowStatus
+from .pages import admin_url
+from .pieces import duration, in_words, moment
+from .queries import bounded_counts, flows, rows_of_each, template_names
+
+LAST_RUNS = 30
+MAX_COUNTED = 1_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Count:
+    """How many flows of a template are in a state, and the list's query that shows them."""
+
+    name: str
+    value: str
+    url: str
+    tone: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShownTask:
+    """A task of a template, with its rules in words."""
+
+    number: int
+    name: str
+    description: str
+    rules: list[str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recurring:
+    """A recurring schedule: its cron line, its next run, and where it can be changed."""
+
+    name: str
+    cron: str
+    next_run: Any
+    url: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CatalogueEntry:
+    """A template in the catalogue, and on its page."""
+
+    name: str
+    url: str
+    schedule_url: str
+    description: str
+    tasks: list[ShownTask]
+    counts: list[Count]
+    bars: SafeString | str
+    success_rate: str
+    median: str
+    percentile: str
+    last_run: Any
+    rules: list[str]
+    paused: FlowTemplateState | None
+
+
+def catalogue(site: admin.AdminSite) -> tuple[list[CatalogueEntry], list[tuple[str, str]]]:
+    """Return the registered templates, and the name and list address of what only ran once."""
+    templates = [flow_runner.templates[name] for name in sorted(flow_runner.templates)]
+    unknown = [name for name in template_names() if name not in flow_runner.templates]
+    return entries(site, templates), [(name, _list_url(site, name)) for name in unknown]
+
+
+def entries(site: admin.AdminSite, templates: Sequence[FlowTemplate]) -> list[CatalogueEntry]:
+    """Return what is known of the templates, in three queries for all."""
+    paused = flow_service.paused_templates()
+    counts = bounded_counts(
+        [
+            flows().filter(template_name=template.name, status__in=statuses)
+            for template in templates
+            for statuses in (WAITING, [FlowStatus.RUNNING], [FlowStatus.FAILED])
+        ],
+        MAX_COUNTED,
+    )
+    runs: dict[str, list[FlowExecution]] = {}
+    for run in _last_runs(templates):
+        runs.setdefault(run.template_name, []).append(run)
+    return [
+        _entry(
+            site,
+            template,
+            counts[3 * number : 3 * number + 3],
+            sorted(runs.get(template.name, []), key=lambda run: run.pk)[-LAST_RUNS:],
+            paused.get(template.name),
+        )
+        for number, template in enumerate(templates)
+    ]
+
+
+def _last_runs(templates: Sequence[FlowTemplate]) -> list[FlowExecution]:
+    return rows_of_each(
+        [
+            flows().filter(template_name=template.name, status=status).order_by("-pk")[:LAST_RUNS]
+            for template in templates
+            for status in (FlowStatus.SUCCEEDED, FlowStatus.FAILED)
+        ],
+        ["id", "template_name", "status", "started_at", "finished_at"],
+    )
+
+
+def _entry(
+    site: admin.AdminSite,
+    template: FlowTemplate,
+    counts: Sequence[int],
+    runs: Sequence[FlowExecution],
+    paused: FlowTemplateState | None,
+) -> CatalogueEntry:
+    succeeded = [run for run in runs if run.status == FlowStatus.SUCCEEDED]
+    times = sorted(run.duration for run in succeeded if run.duration is not None)
+    prefix = "ebbs_and_flows_flowtemplatestate"
+    quoted = quote(template.name)
+    named = zip(
+        ((_("waiting"), "waiting"), (_("running"), "RUNNING"), (_("failed"), "FAILED")),
+        counts,
+        strict=True,
+    )
+    return CatalogueEntry(
+        name=template.name,
+        url=admin_url(site, f"{prefix}_change", quoted),
+        schedule_url=admin_url(site, f"{prefix}_schedule", quoted),
+        description=template.description,
+        tasks=[_shown_task(number, task) for number, task in enumerate(template.tasks, start=1)],
+        counts=[
+            Count(
+                name=name,
+                value=f"{count}+" if count == MAX_COUNTED else str(count),
+                url=_list_url(site, template.name, status),
+                tone="bad" if status == FlowStatus.FAILED and count else "",
+            )
+            for (name, status), count in named
+        ],
+        bars=_bars(site, runs),
+        success_rate=f"{100 * len(succeeded) / len(runs):.0f} %" if runs else "–",
+        median=duration(_percentile(times, 50)) or "–",
+        percentile=duration(_percentile(times, 95)) or "–",
+        last_run=moment(max((r.finished_at for r in runs if r.finished_at), default=None)),
+        rules=_template_rules(template),
+        paused=paused,
+    )
+
+
+def _percentile(ordered: Sequence[timedelta], percent: int) -> timedelta | None:
+    """Return the nearest-rank percentile of durations in ascending order."""
+    if not ordered:
+        return None
+    return ordered[max(math.ceil(len(ordered) * percent / 100) - 1, 0)]
+
+
+def _list_url(site: admin.AdminSite, name: str, status: str = "") -> str:
+    query = {"template": name, **({"status": status} if status else {})}
+    return f"{admin_url(site, 'ebbs_and_flows_flowexecution_changelist')}?{urlencode(query)}"
+
+
+def _bars(site: admin.AdminSite, runs: Sequence[FlowExecution]) -> SafeString | str:
+    """Return a bar a run, as high as the run was long, that leads to it."""
+    if not runs:
+        return ""
+    # Of one run that waited for days, the others are not to look all the same.
+    times = sorted(run.duration or timedelta(0) for run in runs)
+    longest = _percentile(times, 90)
+    width = 100 / LAST_RUNS
+    # Looked up once: a catalogue has a thousand bars.
+    flows_url = admin_url(site, "ebbs_and_flows_flowexecution_changelist")
+    drawn = []
+    for number, run in enumerate(runs, start=LAST_RUNS - len(runs)):
+        took = run.duration or timedelta(0)
+        height = min(max(100 * (took / longest if longest else 1), 12), 100)
+        status = FlowStatus(run.status)
+        drawn.append(
+            (
+                f"{flows_url}{run.pk}/change/",
+                f"#{run.pk}: {status.label}, {duration(took)}",
+                status.value.lower(),
+                f"{number * width + width * 0.1:.2f}",
+                f"{100 - height:.2f}",
+                f"{width * 0.8:.2f}",
+                f"{height:.2f}",
+            )
+        )
+    failed = sum(run.status == FlowStatus.FAILED for run in runs)
+    words = ngettext("The last run", "The last %(count)d runs", len(runs)) % {"count": len(runs)}
+    return format_html(
+        '<svg class="ebbs-runs" width="100%" height="36" role="group" aria-label="{}">{}</svg>',
+        f"{words}: " + ngettext("%d failed", "%d failed", failed) % failed,
+        format_html_join(
+            "",
+            '<a href="{0}" aria-label="{1}"><title>{1}</title>'
+            '<rect class="ebbs-hit" x="{3}%" y="0" width="{5}%" height="100%"/>'
+            '<rect class="ebbs-{2}" x="{3}%" y="{4}%" width="{5}%" height="{6}%" rx="1"/></a>',
+            drawn,
+        ),
+    )
+
+
+def _shown_task(number: int, task: Task) -> ShownTask:
+    rules = []
+    if task.retry is not None:
+        rules.append(retry_in_words(task.retry))
+    if task.timeout is not None:
+        rules.append(_("At most %(time)s an attempt.") % {"time": in_words(task.timeout)})
+    if task.atomic:
+        rules.append(_("In one transaction with its record."))
+    return ShownTask(number=number, name=task.name, description=task.description, rules=rules)
+
+
+def retry_in_words(retry: Retry) -> str:
+    """Return a retry rule as a sentence."""
+    if retry.attempts == 1:
+        return _("One attempt, no retry.")
+    attempts = ngettext("%d attempt in all", "%d attempts in all", retry.attempts)
+    parts = [attempts % retry.attempts]
+    if not retry.delay:
+        parts.append(_("without a wait"))
+    elif retry.backoff == 1 or retry.attempts == 2:
+        parts.append(_("%(time)s apart") % {"time": in_words(min(retry.delay, retry.max_delay))})
+    else:
+        parts.append(
+            _("the first retry after %(time)s, each later one after %(times)s times as long")
+            % {"time": in_words(retry.delay), "times": f"{retry.backoff:g}"}
+        )
+        last = retry.delay * float(retry.backoff) ** min(retry.attempts - 2, 200)
+        if last > retry.max_delay:
+            parts.append(_("at most %(time)s") % {"time": in_words(retry.max_delay)})
+    if retry.on != (Exception,):
+        parts.append(_("on %(errors)s only") % {"errors": _names(retry.on)})
+    if retry.never_on:
+        parts.append(_("never on %(errors)s") % {"errors": _names(retry.never_on)})
+    return ", ".join(parts) + "."
+
+
+def _names(errors: Iterable[type[BaseException]]) -> str:
+    return ", ".join(error.__name__ for error in errors)
+
+
+def _template_rules(template: FlowTemplate) -> list[str]:
+    rules = []
+    if template.max_running is not None:
+        rules.append(
+            ngettext(
+                "At most %d flow of it runs at once.",
+                "At most %d flows of it run at once.",
+                template.max_running,
+            )
+            % template.max_running
+        )
+    if template.deadline is not None:
+        rules.append(
+            _("A flow fails by itself when it is not over %(time)s after its moment.")
+            % {"time": in_words(template.deadline)}
+        )
+    return rules
+
+
+def recurring(template: FlowTemplate, site: admin.AdminSite) -> list[Recurring]:
+    """Return the template's recurring schedules, as the queue has them."""
+    stored = get_engine().schedules()
+    now: datetime = timezone.now()
+    found = []
+    for recurrence in flow_runner.recurrences.values():
+        if recurrence.template_name != template.name:
+            continue
+        schedule = stored.get(recurrence.name)
+        found.append(
+            Recurring(
+                name=recurrence.name,
+                cron=schedule.cron if schedule else recurrence.cron,
+                next_run=moment(schedule.next_run_at if schedule else recurrence.next_after(now)),
+                url=_schedule_url(site, schedule) if schedule else "",
+            )
+        )
+    return found
+
+
+def _schedule_url(site: admin.AdminSite, schedule: QueueSchedule) -> str:
+    try:
+        return admin_url(site, f"{schedule.admin_name}_change", schedule.pk)
+    except NoReverseMatch:
+        # The queue's models are not in this admin.
+        return ""

@@ -1,0 +1,138 @@
+"""One flow's page: its head, timeline, tasks, context and history."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from django.contrib import admin
+from django.http import HttpRequest, HttpResponse
+from django.template.response import TemplateResponse
+from django.utils import timezone
+from django.utils.translation import gettext as _
+
+from ..exceptions import TemplateDrift
+from ..models import FlowExecution, FlowTransition
+from ..runner import flow_runner
+from ..service import flow_service
+from ..status import FlowStatus
+from .actions import FLOW_ACTIONS
+from .attempts import MAX_ATTEMPTS, flow_attempts, running_attempt, task_rows
+from .entries import entry_groups
+from .pages import SEE_VALUES, may, page_context
+from .pieces import duration, moment, pill, progress, reported_progress
+from .timeline import timeline_rows
+
+MAX_TRANSITIONS = 200
+MAX_RERUNS = 20
+TEMPLATE = "admin/ebbs_and_flows/flowexecution/page.html"
+
+
+def flow_page(
+    model_admin: admin.ModelAdmin[Any],
+    request: HttpRequest,
+    flow: FlowExecution,
+    *,
+    may_delete: bool,
+    **extra: Any,
+) -> HttpResponse:
+    """Show one flow."""
+    attempts = flow_attempts(flow)
+    now = timezone.now()
+    waits = flow.status == FlowStatus.RESCHEDULED
+    axis, timeline = timeline_rows(
+        flow.task_names,
+        attempts,
+        now=now,
+        waits_at=flow.current_task_index if waits else None,
+    )
+    may_see_values = may(request, SEE_VALUES)
+    groups, more_entries = entry_groups(flow) if may_see_values else ([], 0)
+    actions = [
+        action
+        for action in FLOW_ACTIONS
+        if action.is_permitted(request) and flow.status in action.statuses
+    ]
+    context = page_context(
+        model_admin,
+        request,
+        str(flow),
+        flow=flow,
+        pill=pill(flow.status),
+        progress=progress(flow),
+        reported=reported_progress(flow, running_attempt(attempts)),
+        facts=_facts(flow),
+        warnings=_warnings(flow),
+        actions=[action for action in actions if not action.is_destructive],
+        destructive_actions=[action for action in actions if action.is_destructive],
+        may_rerun_from=may(request, "rerun_flowexecution"),
+        may_finish_by_hand=(
+            flow.status == FlowStatus.FAILED and may(request, "reschedule_flowexecution")
+        ),
+        may_delete=may_delete,
+        axis=axis,
+        timeline=timeline,
+        tasks=task_rows(flow, attempts),
+        has_more_attempts=len(attempts) == MAX_ATTEMPTS,
+        may_see_values=may_see_values,
+        entry_groups=groups,
+        more_entries=more_entries,
+        transitions=_transitions(flow),
+        reruns=list(flow.reruns.order_by("-pk")[:MAX_RERUNS]),
+        refresh_url="" if flow.is_finished else request.get_full_path(),
+        **extra,
+    )
+    return TemplateResponse(request, TEMPLATE, context)
+
+
+def _facts(flow: FlowExecution) -> list[tuple[str, Any]]:
+    took = flow.duration
+    if took is None and flow.started_at is not None:
+        took = (flow.finished_at or timezone.now()) - flow.started_at
+    facts = [
+        (_("Key"), flow.key),
+        (_("Priority"), str(flow.priority)),
+        (_("Scheduled for"), moment(flow.run_at)),
+        (_("Started"), moment(flow.started_at)),
+        (_("Finished"), moment(flow.finished_at)),
+        (_("Took") if flow.is_finished else _("Has taken"), duration(took)),
+        (_("To be over by"), moment(flow.deadline_at)),
+        (_("Scheduled by"), flow.created_by),
+        (_("Worker"), flow.claimed_by if flow.status == FlowStatus.RUNNING else ""),
+        (_("To be cancelled by"), flow.cancel_requested_by if flow.cancel_requested else ""),
+    ]
+    return [(name, value) for name, value in facts if value]
+
+
+def _warnings(flow: FlowExecution) -> list[str]:
+    if flow.status in {FlowStatus.SUCCEEDED, FlowStatus.CANCELLED}:
+        return []
+    template = flow_runner.templates.get(flow.template_name)
+    if template is None:
+        return [
+            _(
+                "No template %(name)s is registered here, so nothing can run this flow: put the"
+                " template back, or cancel the flow."
+            )
+            % {"name": repr(flow.template_name)}
+        ]
+    try:
+        flow_service.check_drift(template, flow.task_names[: flow.current_task_index], flow.pk)
+    except TemplateDrift as drift:
+        return [str(drift)]
+    return []
+
+
+def _transitions(flow: FlowExecution) -> list[dict[str, Any]]:
+    rows = FlowTransition.objects.using(flow_service.repository.using).filter(
+        flow_execution=flow.pk
+    )
+    return [
+        {
+            "at": moment(row.at),
+            "from": pill(row.from_status) if row.from_status else "",
+            "to": pill(row.to_status),
+            "actor": row.actor,
+            "reason": row.reason,
+        }
+        for row in rows.order_by("-pk")[:MAX_TRANSITIONS]
+    ][::-1]

@@ -1,0 +1,93 @@
+"""What all pages of the app's own share: who may see them, what is around them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from django.contrib import admin, messages
+from django.contrib.admin.models import LogEntry
+from django.contrib.admin.utils import unquote
+from django.core.exceptions import PermissionDenied
+from django.db.models import Model
+from django.http import HttpRequest, HttpResponse, HttpResponseNotAllowed, HttpResponseRedirect
+from django.urls import reverse
+from django.utils.translation import gettext as _
+
+from ..models import NAME_LENGTH, FlowExecution
+from .queries import flows
+
+SEE_VALUES = "view_executioncontextentry"
+
+
+def may(request: HttpRequest, codename: str) -> bool:
+    """Whether the user has one of the app's permissions."""
+    user: Any = request.user
+    return bool(user.has_perm(f"ebbs_and_flows.{codename}"))
+
+
+def require(request: HttpRequest, *codenames: str) -> None:
+    """Raise `PermissionDenied` unless the user has all of the permissions."""
+    if not all(may(request, codename) for codename in codenames):
+        raise PermissionDenied
+
+
+def actor(request: HttpRequest) -> str:
+    """Return the user's name, as a transition stores it."""
+    user: Any = request.user
+    return "".join(filter(str.isprintable, user.get_username()))[:NAME_LENGTH]
+
+
+def log(request: HttpRequest, row: Model, flag: int, message: str) -> None:
+    """Write what was done to Django's admin log."""
+    user: Any = request.user
+    LogEntry.objects.log_actions(
+        user_id=user.pk,
+        queryset=[row],
+        action_flag=flag,
+        change_message=message,
+        single_object=True,
+    )
+
+
+def refuse_other_methods(request: HttpRequest, *methods: str) -> HttpResponse | None:
+    """Return the refusal of a request that the page does not take."""
+    return None if request.method in methods else HttpResponseNotAllowed(methods)
+
+
+def page_context(
+    model_admin: admin.ModelAdmin[Any], request: HttpRequest, title: str, **more: Any
+) -> dict[str, Any]:
+    """Return what every page's template needs, and what this one does."""
+    return {
+        **model_admin.admin_site.each_context(request),
+        "opts": model_admin.opts,
+        "media": model_admin.media,
+        "title": title,
+        "subtitle": None,
+        **more,
+    }
+
+
+def flow_or_refusal(
+    model_admin: admin.ModelAdmin[Any], request: HttpRequest, object_id: str
+) -> FlowExecution | HttpResponse:
+    """Return the flow, or where to go, with a message, when there is none."""
+    text = unquote(object_id)
+    if text.isascii() and text.isdigit() and len(text) < 19:
+        flow = flows().filter(pk=int(text)).first()
+        if flow is not None:
+            return flow
+    messages.warning(request, _("There is no flow execution %(id)s.") % {"id": repr(text[:40])})
+    return HttpResponseRedirect(
+        admin_url(model_admin.admin_site, "ebbs_and_flows_flowexecution_changelist")
+    )
+
+
+def admin_url(site: admin.AdminSite, name: str, *arguments: Any) -> str:
+    """Return the address of an admin page."""
+    return reverse(f"{site.name}:{name}", args=arguments)
+
+
+def flow_url(site: admin.AdminSite, pk: Any) -> str:
+    """Return the address of a flow's page."""
+    return admin_url(site, "ebbs_and_flows_flowexecution_change", pk)

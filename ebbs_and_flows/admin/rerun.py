@@ -1,0 +1,267 @@
+"""Rerun from…: a new flow that starts at a chosen task, with a context that may be corrected."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from django import forms
+from django.contrib import admin, messages
+from django.contrib.admin.models import ADDITION, CHANGE
+from django.db.models import Q
+from django.db.models.functions import Left, Length
+from django.http import HttpRequest, HttpResponse, HttpResponseRedirect
+from django.template.response import TemplateResponse
+from django.utils.html import format_html
+from django.utils.translation import gettext as _
+from django.utils.translation import gettext_lazy
+
+from ..exceptions import EbbsAndFlowsError
+from ..models import FlowExecution
+from ..runner import flow_runner
+from ..status import FlowStatus
+from ..values import encode, same_value
+from .entries import flow_entries
+from .forms import JsonTextarea, read_value
+from .pages import SEE_VALUES, actor, flow_url, log, may, page_context
+from .pieces import pill, progress
+from .queries import bounded_counts
+from .values_shown import ShownValue, shown_value, type_of
+
+TEMPLATE = "admin/ebbs_and_flows/flowexecution/rerun_from.html"
+MAX_EDITABLE = 100
+MAX_EDITED = 10_000
+MAX_COUNTED = 100_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EditableEntry:
+    """An entry that the chosen task saw; `stored` is the beginning of its text."""
+
+    pk: int
+    name: str
+    stored: str
+    value: ShownValue
+
+    @property
+    def is_prefilled(self) -> bool:
+        """Whether the form holds the value; one that is masked or cut it does not."""
+        return bool(self.value.json)
+
+
+class RerunForm(forms.Form):
+    """The entries that may be corrected, and one more."""
+
+    other_name = forms.CharField(
+        label=gettext_lazy("Name"), required=False, max_length=200, strip=False
+    )
+    other_value = forms.CharField(
+        label=gettext_lazy("Value"), required=False, widget=JsonTextarea(rows=2)
+    )
+
+    def __init__(self, entries: list[EditableEntry], flow: FlowExecution, data: Any = None):
+        super().__init__(data)
+        self.entries = {entry.pk: entry for entry in entries}
+        self._flow = flow
+        self._wrong_types: set[int] = set()
+        for entry in entries:
+            rows = min(entry.value.json.count("\n") + 1, 12)
+            self.fields[f"value_{entry.pk}"] = forms.CharField(
+                label=entry.name,
+                required=False,
+                initial=entry.value.json,
+                widget=JsonTextarea(rows=rows),
+            )
+            self.fields[f"retype_{entry.pk}"] = forms.BooleanField(
+                label=gettext_lazy("Another type is meant"), required=False
+            )
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return what the page shows of each entry."""
+        return [
+            {
+                "entry": entry,
+                "field": self[f"value_{pk}"],
+                "retype": self[f"retype_{pk}"],
+                # Offered only where it is needed.
+                "asks_for_retype": pk in self._wrong_types or self[f"retype_{pk}"].value(),
+            }
+            for pk, entry in self.entries.items()
+        ]
+
+    def clean(self) -> dict[str, Any]:
+        """Collect in `changes` what differs from what is stored."""
+        cleaned = super().clean() or {}
+        changes: dict[str, Any] = {}
+        for entry in self.entries.values():
+            self._clean_entry(entry, cleaned, changes)
+        self._clean_other(cleaned, changes)
+        return {**cleaned, "changes": changes}
+
+    def _clean_entry(
+        self, entry: EditableEntry, cleaned: dict[str, Any], changes: dict[str, Any]
+    ) -> None:
+        name = f"value_{entry.pk}"
+        text = cleaned.get(name, "")
+        if not text:
+            if entry.is_prefilled:
+                self.add_error(name, _('Give a value as JSON: null for None, "" for no text.'))
+            return
+        if entry.is_prefilled and same_value(text, entry.stored):
+            return
+        try:
+            value = read_value(text)
+            new_type = type_of(json.loads(encode(value)))
+        except forms.ValidationError as error:
+            self.add_error(name, error)
+            return
+        except EbbsAndFlowsError as error:
+            self.add_error(name, str(error))
+            return
+        old_type = entry.value.type or type_of(_stored_node(self._flow, entry.pk))
+        if new_type != old_type and not cleaned.get(f"retype_{entry.pk}"):
+            self._wrong_types.add(entry.pk)
+            self.add_error(
+                name,
+                _(
+                    "It is a value of the type %(old)s, and this is of the type %(new)s: keep the"
+                    " type, or tick that another type is meant."
+                )
+                % {"old": old_type, "new": new_type},
+            )
+            return
+        changes[entry.name] = value
+
+    def _clean_other(self, cleaned: dict[str, Any], changes: dict[str, Any]) -> None:
+        name, text = cleaned.get("other_name", ""), cleaned.get("other_value", "")
+        if not name and not text:
+            return
+        if not name or not text:
+            self.add_error(
+                "other_value" if name else "other_name", _("Give both a name and a value.")
+            )
+        elif name in changes:
+            self.add_error("other_name", _("This entry is changed above."))
+        else:
+            try:
+                changes[name] = read_value(text)
+            except forms.ValidationError as error:
+                self.add_error("other_value", error)
+
+
+def rerun_page(
+    model_admin: admin.ModelAdmin[Any], request: HttpRequest, flow: FlowExecution
+) -> HttpResponse:
+    """Show the context as the chosen task saw it, and make the new flow."""
+    choices = _choices(flow)
+    chosen = _chosen(request, flow, len(choices))
+    may_see_values = may(request, SEE_VALUES)
+    entries, more = _entries(flow, chosen) if may_see_values else ([], 0)
+    is_post = request.method == "POST"
+    form = RerunForm(entries, flow, request.POST if is_post else None)
+    if not may_see_values:
+        form.fields.clear()
+    if is_post and choices and form.is_valid():
+        try:
+            rerun = flow_runner.fork_flow_execution(
+                flow,
+                from_task=chosen,
+                changes=form.cleaned_data["changes"],
+                actor=actor(request),
+            )
+        except EbbsAndFlowsError as error:
+            form.add_error(None, str(error))
+        else:
+            return _made(
+                model_admin, request, flow, rerun, choices[chosen - flow.first_task_index]
+            )
+    context = page_context(
+        model_admin,
+        request,
+        _("Rerun %(flow)s from…") % {"flow": flow},
+        flow=flow,
+        pill=pill(flow.status),
+        progress=progress(flow),
+        choices=list(enumerate(choices, start=flow.first_task_index)),
+        chosen=chosen,
+        chosen_name=choices[chosen - flow.first_task_index] if choices else "",
+        form=form,
+        may_see_values=may_see_values,
+        more_entries=more,
+        crumb=_("Rerun from…"),
+    )
+    return TemplateResponse(request, TEMPLATE, context)
+
+
+def _made(
+    model_admin: admin.ModelAdmin[Any],
+    request: HttpRequest,
+    flow: FlowExecution,
+    rerun: FlowExecution,
+    task: str,
+) -> HttpResponse:
+    site = model_admin.admin_site
+    log(
+        request, flow, CHANGE, _("Rerun from %(task)s as #%(id)s") % {"task": task, "id": rerun.pk}
+    )
+    log(
+        request,
+        rerun,
+        ADDITION,
+        _("Rerun of #%(id)s from %(task)s") % {"task": task, "id": flow.pk},
+    )
+    messages.success(
+        request,
+        format_html(
+            _("This is a new flow, a rerun of {} that starts at task {}."),
+            format_html('<a href="{}">#{}</a>', flow_url(site, flow.pk), flow.pk),
+            task,
+        ),
+    )
+    return HttpResponseRedirect(flow_url(site, rerun.pk))
+
+
+def _choices(flow: FlowExecution) -> list[str]:
+    """Return the names of the tasks whose first context is recorded, from the first one on."""
+    template = flow_runner.templates.get(flow.template_name)
+    if template is None:
+        return []
+    end = min(flow.current_task_index + 1, len(template.tasks))
+    return template.task_names[flow.first_task_index : end]
+
+
+def _chosen(request: HttpRequest, flow: FlowExecution, count: int) -> int:
+    first = flow.first_task_index
+    given = request.POST.get("task") or request.GET.get("task") or ""
+    if (
+        given.isascii()
+        and given.isdigit()
+        and len(given) < 9
+        and first <= int(given) < first + count
+    ):
+        return int(given)
+    is_stopped = flow.status in {FlowStatus.FAILED, FlowStatus.CANCELLED}
+    return min(flow.current_task_index, first + max(count - 1, 0)) if is_stopped else first
+
+
+def _entries(flow: FlowExecution, index: int) -> tuple[list[EditableEntry], int]:
+    found = flow_entries(flow).filter(
+        Q(task_execution=None) | Q(task_execution__task_index__lt=index)
+    )
+    rows = list(
+        found.annotate(shown=Left("value", MAX_EDITED), size=Length("value")).values_list(
+            "pk", "name", "shown", "size"
+        )[: MAX_EDITABLE + 1]
+    )
+    more = 0
+    if len(rows) > MAX_EDITABLE:
+        more = bounded_counts([found], MAX_COUNTED)[0] - MAX_EDITABLE
+    return [
+        EditableEntry(pk=pk, name=name, stored=text, value=shown_value(name, text, size))
+        for pk, name, text, size in rows[:MAX_EDITABLE]
+    ], more
+
+
+def _stored_node(flow: FlowExecution, pk: int) -> Any:
+    return json.loads(flow_entries(flow).values_list("value", flat=True).get(pk=pk))

@@ -1,0 +1,92 @@
+"""Stored values made readable, with what looks secret masked."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from django.utils.translation import gettext as _
+from django.views.debug import SafeExceptionReporterFilter
+
+FOLDED_ABOVE = 160
+
+_SECRET = SafeExceptionReporterFilter.hidden_settings
+_MASK = SafeExceptionReporterFilter.cleansed_substitute
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShownValue:
+    """A stored value as a page shows it; `json` is all of it, empty where a part is hidden."""
+
+    type: str
+    text: str
+    is_long: bool
+    json: str = ""
+
+
+def shown_value(name: str, stored: str, size: int) -> ShownValue:
+    """Return an entry's value for a page.
+
+    `stored` is the beginning of its stored text, `size` the length of all of it, in characters.
+    Nothing is decoded: a page must not load a model's row, nor fail where one is gone.
+    """
+    if _SECRET.search(name):
+        return ShownValue(type="", text=_MASK, is_long=False)
+    if size > len(stored):
+        if _SECRET.search(stored):
+            text = _("Too long to be shown with what looks secret in it masked.")
+        else:
+            text = stored + "\n" + _("… cut here: %(size)s characters in all.") % {"size": size}
+        return ShownValue(type="", text=text, is_long=True)
+    try:
+        node = json.loads(stored)
+    except (ValueError, RecursionError):
+        return ShownValue(type="", text=stored, is_long=size > FOLDED_ABOVE)
+    masked = _masked(node)
+    text = _readable(_plain(masked))
+    return ShownValue(
+        type=type_of(node),
+        text=text,
+        is_long=len(text) > FOLDED_ABOVE,
+        json=_readable(node) if masked == node else "",
+    )
+
+
+def _plain(node: Any) -> Any:
+    # The type is shown beside it.
+    if isinstance(node, dict) and node.keys() == {"$type", "value"}:
+        value = node["value"]
+        return value if isinstance(value, str | int | float | list) else node
+    return node
+
+
+def _readable(node: Any) -> str:
+    """Return a parsed value as JSON that is short where it fits a line, and indented else."""
+    text = json.dumps(node, ensure_ascii=False)
+    if len(text) > 80:
+        text = json.dumps(node, ensure_ascii=False, indent=2)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        # Lone surrogates cannot be sent to a browser.
+        text = json.dumps(node, indent=2)
+    return text
+
+
+def type_of(node: Any) -> str:
+    """Return the name of the type that a parsed value is stored as."""
+    if isinstance(node, dict):
+        return str(node.get("model") or node.get("$type") or "dict")
+    return "None" if node is None else type(node).__name__
+
+
+def _masked(node: Any) -> Any:
+    if isinstance(node, list):
+        # A dict whose keys are not all texts is stored as pairs.
+        if len(node) == 2 and isinstance(node[0], str) and _SECRET.search(node[0]):
+            return [node[0], _MASK]
+        return [_masked(item) for item in node]
+    if isinstance(node, dict):
+        return {key: _MASK if _SECRET.search(key) else _masked(item) for key, item in node.items()}
+    return node
