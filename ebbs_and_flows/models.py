@@ -81,9 +81,10 @@ class FlowExecution(models.Model):
     claimed_by = ExactCharField(_("worker"), max_length=NAME_LENGTH, blank=True, default="")
     # Empty while RUNNING: handed back by its worker at a task boundary, free to be claimed.
     lease_expires_at = models.DateTimeField(null=True, blank=True)
-    # To be cancelled at the end of the task in progress; by whom.
+    # To be cancelled at the end of the task in progress; by whom, and why.
     cancel_requested = models.BooleanField(default=False)
     cancel_requested_by = ExactCharField(max_length=NAME_LENGTH, blank=True, default="")
+    cancel_reason = ExactTextField(blank=True, default="")
     # Attempts at the current task that do not count against its retry allowance.
     forgiven_attempts = models.PositiveIntegerField(default=0)
     # How often the current task lost its worker.

@@ -411,7 +411,7 @@ class FlowService(StepService):
             if current.status == FlowStatus.RUNNING and current.lease_expires_at is not None:
                 if not current.cancel_requested:
                     self.repository.held(current.pk, current.claim).update(
-                        cancel_requested=True, cancel_requested_by=actor
+                        cancel_requested=True, cancel_requested_by=actor, cancel_reason=reason
                     )
             else:
                 self._change(current, FlowStatus.CANCELLED, actor=actor, reason=reason)

@@ -106,6 +106,7 @@ class StepService:
         """Take a flow, told of which of the limited templates another one may run."""
         if not limits:
             return self._announced(take(set()))
+        self.repository.in_transaction(lambda: self.repository.have_states(limits))
         run = self.repository.in_transaction(
             lambda: take(self.repository.lock_free_places(limits, wait=wait)), durable=True
         )
@@ -333,6 +334,7 @@ class StepService:
             return None
         if attempt.error_type == "TaskInterrupted":
             raise self._claim_lost(run)
+        self._announce_since_claim(run)
         following = self.repository.attempts.filter(
             flow_execution=run.flow.pk, claim=run.claim, status=TaskStatus.RUNNING
         ).first()
@@ -341,6 +343,19 @@ class StepService:
         stored = self.repository.stored_entries(run.flow.pk)
         self._move_on(run, stored, following.task_name, following.pk)
         return True
+
+    def _announce_since_claim(self, run: ClaimedRun) -> None:
+        """Announce what a write recorded whose commit was not reported."""
+        announce_task(self.repository.using, run.task_execution_id)
+        for item in self.repository.transitions_since_claim(run.flow.pk):
+            announce_status(
+                self.repository.using,
+                run.flow.pk,
+                item.from_status,
+                item.to_status,
+                item.actor,
+                item.reason,
+            )
 
     @staticmethod
     def _claim_lost(run: ClaimedRun) -> ClaimLost:
@@ -369,7 +384,7 @@ class StepService:
                     FlowStatus.RUNNING,
                     FlowStatus.CANCELLED,
                     actor=flow.cancel_requested_by or run.worker,
-                    reason="Cancelled at the end of a task",
+                    reason=flow.cancel_reason or "Cancelled at the end of a task",
                 )
             ],
         )
@@ -429,8 +444,12 @@ class StepService:
         )
         path = [transition(FlowStatus.RUNNING, FlowStatus.FAILED, actor="recovery", reason=output)]
         if to_status is not FlowStatus.FAILED:
-            by = flow.cancel_requested_by if flow.cancel_requested else ""
-            path.append(transition(FlowStatus.FAILED, to_status, actor=by or "recovery"))
+            by, why = "", ""
+            if flow.cancel_requested:
+                by, why = flow.cancel_requested_by, flow.cancel_reason
+            path.append(
+                transition(FlowStatus.FAILED, to_status, actor=by or "recovery", reason=why)
+            )
         self.record(flow.pk, path)
         for attempt in attempts:
             announce_task(self.repository.using, attempt)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -36,8 +36,12 @@ class Limit:
 
 
 @contextmanager
-def interrupt_after(limit: Limit) -> Iterator[None]:
+def interrupt_after(
+    limit: Limit, before_interruption: Callable[[], None] = lambda: None
+) -> Iterator[None]:
     """Raise `Overdue` within the block when the limit is over, in the main thread of a process.
+
+    `before_interruption()` is called where the block is interrupted.
 
     Somebody else's alarm, such as a queue's own time-out, is held back meanwhile and is due again
     afterwards; one that is due first goes off in its time, by its own handler. In another thread,
@@ -51,7 +55,7 @@ def interrupt_after(limit: Limit) -> Iterator[None]:
     ):
         yield
         return
-    alarm = _Alarm(limit, seconds)
+    alarm = _Alarm(limit, seconds, before_interruption)
     try:
         alarm.set()
         try:
@@ -66,8 +70,11 @@ def interrupt_after(limit: Limit) -> Iterator[None]:
 class _Alarm:
     """Our alarm in the place of somebody else's, who gets it back with the time that is left."""
 
-    def __init__(self, limit: Limit, seconds: float) -> None:
+    def __init__(
+        self, limit: Limit, seconds: float, before_interruption: Callable[[], None]
+    ) -> None:
         self._limit = limit
+        self._before_interruption = before_interruption
         self._seconds = seconds
         self._theirs: Any = signal.getsignal(signal.SIGALRM)
         self._their_seconds, self._their_interval = signal.getitimer(signal.ITIMER_REAL)
@@ -91,6 +98,7 @@ class _Alarm:
             self._their_seconds += self._their_interval or -self._their_seconds
             self._theirs(number, frame)
         if self._is_set and self._limit.is_over:
+            self._before_interruption()
             raise Overdue
 
     def put_back(self) -> None:

@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,7 +92,9 @@ class Worker:
                 while self._run_task(run, template, attempt):
                     pass
         except ClaimLost as lost:
-            logger.warning("%s", lost, extra={"flow": run.flow.pk, "template": template.name})
+            logger.warning(
+                "ClaimLost: %s", lost, extra={"flow": run.flow.pk, "template": template.name}
+            )
         except (KeyboardInterrupt, GeneratorExit):
             self._interrupt(run)
             raise
@@ -193,7 +195,7 @@ class Worker:
 
     @staticmethod
     def _result(task: Task, context: ExecutionContext, limit: Limit) -> object:
-        with interrupt_after(limit):
+        with interrupt_after(limit, _end_queries):
             result: object = task.run(context)
         if inspect.isawaitable(result):
             # Not by the alarm: what is awaited would go on in its own thread.
@@ -309,6 +311,19 @@ class Worker:
             flow = self._repository.lock(run.flow.pk)
             if flow is not None and flow.claim == run.claim:
                 self._service.interrupt(flow, f"interrupted: worker {worker_name()} was stopped.")
+
+
+def _end_queries() -> None:
+    """Have PostgreSQL end this thread's queries, which would go on and hold their locks.
+
+    On other databases they do.
+    """
+    for connection in connections.all(initialized_only=True):
+        raw = connection.connection
+        # Of psycopg 3.2 and later.
+        if hasattr(raw, "cancel_safe") and raw.info.transaction_status.name == "ACTIVE":
+            with suppress(Exception):
+                raw.cancel_safe(timeout=2)
 
 
 class _Attempt:

@@ -691,7 +691,7 @@ def test_cancelling_what_waits_is_immediate(runner: FlowRunner) -> None:
 
 def test_cancelling_what_runs_waits_for_the_task_in_progress(runner: FlowRunner) -> None:
     def cancel(context: ExecutionContext) -> ExecutionContext:
-        asked = runner.cancel_flow_execution(flow, actor="ada")
+        asked = runner.cancel_flow_execution(flow, actor="ada", reason="sold out")
         assert (asked.status, asked.cancel_requested) == (FlowStatus.RUNNING, True)
         runner.cancel_flow_execution(flow, actor="bob")
         return context.with_entries(done=True)
@@ -705,7 +705,8 @@ def test_cancelling_what_runs_waits_for_the_task_in_progress(runner: FlowRunner)
     assert history(runner, flow) == [("first", 1, "SUCCEEDED")]
     assert dict(ended.execution_context) == {"done": True}
     assert never.seen == []
-    assert FlowTransition.objects.get(to_status="CANCELLED").actor == "ada"
+    cancelled = FlowTransition.objects.get(to_status="CANCELLED")
+    assert (cancelled.actor, cancelled.reason) == ("ada", "sold out")
 
 
 def test_a_task_that_fails_while_being_cancelled_is_not_retried(runner: FlowRunner) -> None:

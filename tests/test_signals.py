@@ -8,7 +8,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from django.db import connection, connections, transaction
+from django.db import OperationalError, connection, connections, transaction
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 
@@ -231,3 +231,30 @@ def test_without_receivers_nothing_is_read(runner: FlowRunner) -> None:
         assert count() == without + 1
     finally:
         task_finished.disconnect(receive, sender=TaskExecution)
+
+
+def test_a_step_whose_commit_was_not_reported_is_told_once(
+    runner: FlowRunner, changes: Told, ends: Told
+) -> None:
+    flow_of(runner, Script("first"), Script("last"))
+    flow = runner.schedule_flow("billing")
+    changes.clear()
+    lost: list[str] = []
+
+    def lose_the_answer(execute: Any, sql: str, parameters: Any, many: bool, context: Any) -> Any:
+        result = execute(sql, parameters, many, context)
+        if not lost and elsewhere(flow.pk) == FlowStatus.SUCCEEDED:
+            lost.append(sql)
+            raise OperationalError("server closed the connection")
+        return result
+
+    with connection.execute_wrapper(lose_the_answer):
+        ended = runner.run_flow()
+    assert lost
+    assert ended is not None
+    assert ended.status == FlowStatus.SUCCEEDED
+    assert [(told["from_status"], told["to_status"]) for told in changes] == [
+        ("SCHEDULED", "RUNNING"),
+        ("RUNNING", "SUCCEEDED"),
+    ]
+    assert [told["task_execution"].task_name for told in ends] == ["first", "last"]

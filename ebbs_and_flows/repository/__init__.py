@@ -63,6 +63,16 @@ class FlowRepository(ClaimRepository):
                 transition.at = DatabaseNow()  # type: ignore[unreachable]
         FlowTransition.objects.using(self.using).bulk_create(transitions)
 
+    def transitions_since_claim(self, flow_id: int) -> list[FlowTransition]:
+        """Return the transitions of a flow after the one by which a worker took it."""
+        transitions = FlowTransition.objects.using(self.using).filter(flow_execution=flow_id)
+        found: list[FlowTransition] = []
+        for transition in transitions.order_by("-pk"):
+            if transition.to_status == FlowStatus.RUNNING:
+                break
+            found.insert(0, transition)
+        return found
+
     def find_by_key(self, template_name: str, key: str) -> FlowExecution | None:
         """Return the flow that was scheduled with that key."""
         return self.flows.filter(template_name=template_name, key=key).first()

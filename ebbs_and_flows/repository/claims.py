@@ -155,21 +155,27 @@ class ClaimRepository(StepRepository):
         )
         return set(paused.values_list("template_name", flat=True))
 
+    def have_states(self, template_names: Iterable[str]) -> None:
+        """Make the rows that `lock_free_places` locks, where there are none yet."""
+        names = set(template_names)
+        states = self.template_states.filter(template_name__in=names)
+        missing = names - set(states.values_list("template_name", flat=True))
+        if missing:
+            self.template_states.bulk_create(
+                (FlowTemplateState(template_name=name) for name in sorted(missing)),
+                ignore_conflicts=True,
+            )
+
     def lock_free_places(self, limits: Mapping[str, int], *, wait: bool = False) -> set[str]:
         """Return the templates of which another flow may run, locked until the transaction ends.
 
         One that another worker is just claiming a flow of is waited for, or left out.
         """
         states = self.template_states.filter(template_name__in=list(limits))
-        missing = set(limits) - set(states.values_list("template_name", flat=True))
-        if missing:
-            self.template_states.bulk_create(
-                (FlowTemplateState(template_name=name) for name in sorted(missing)),
-                ignore_conflicts=True,
-            )
         skip = not wait and self.connection.features.has_select_for_update_skip_locked
         locked = states.order_by("pk").select_for_update(skip_locked=skip)
         names = set(locked.values_list("template_name", flat=True))
+        # The transaction's first plain read, so that no isolation level shows an older state.
         running = self.count_running(names)
         return {name for name in names if running.get(name, 0) < limits[name]}
 
