@@ -81,7 +81,9 @@ def in_transaction(connection: BaseDatabaseWrapper) -> bool:
     if connection.vendor == "postgresql":
         return bool(raw.info.transaction_status != raw.info.transaction_status.IDLE)
     if connection.vendor == "mysql":
-        return bool(raw.server_status & SERVER_STATUS.SERVER_STATUS_IN_TRANS)
+        # The driver does not look at what the server says with the rows of a SELECT FOR UPDATE.
+        status = raw.server_status & SERVER_STATUS.SERVER_STATUS_IN_TRANS
+        return connection.in_atomic_block or bool(status)
     return bool(raw.in_transaction)
 
 
