@@ -226,9 +226,9 @@ def _take_over(tried: Callable[[], int], case: str) -> int:
     The other is in the middle of a task by then, so that nothing but the claim tells them apart.
     """
     stopped = _start(tried)
-    os.waitpid(stopped, os.WUNTRACED)
+    _wait_for_its_stop(stopped)
     other = _start(partial(_run_and_stop_in_a_task, case))
-    os.waitpid(other, os.WUNTRACED)
+    _wait_for_its_stop(other)
     os.kill(stopped, signal.SIGCONT)
     # It waits for the other one where that is in an atomic task and the database is SQLite.
     until = time.monotonic() + 1
@@ -271,6 +271,11 @@ def _start(act: Callable[[], int | None]) -> int:
         traceback.print_exc()
     finally:
         os._exit(code)
+
+
+def _wait_for_its_stop(pid: int) -> None:
+    """Wait until it stops, or ends."""
+    os.waitid(os.P_PID, pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
 
 def _has_ended(pid: int) -> bool:

@@ -81,7 +81,9 @@ def in_transaction(connection: BaseDatabaseWrapper) -> bool:
     if connection.vendor == "postgresql":
         return bool(raw.info.transaction_status != raw.info.transaction_status.IDLE)
     if connection.vendor == "mysql":
-        return bool(raw.server_status & SERVER_STATUS.SERVER_STATUS_IN_TRANS)
+        # The driver does not look at what the server says with the rows of a SELECT FOR UPDATE.
+        status = raw.server_status & SERVER_STATUS.SERVER_STATUS_IN_TRANS
+        return connection.in_atomic_block or bool(status)
     return bool(raw.in_transaction)
 
 
@@ -141,14 +143,15 @@ def moments(vendor: str, boundaries: list[bool]) -> list[tuple[Harm, int, bool]]
 
     After a statement within a transaction is before the next one, but for a few lines of Python;
     when it was committed, what follows may be anything, or nothing. SQLite locks at the beginning
-    of a transaction; and who stops within one keeps everybody else waiting, and loses nothing.
+    of a transaction; who stops within one keeps everybody else waiting, and loses nothing; and a
+    transaction that is undone is undone as a whole: at its first statement or at its last.
     """
     found: list[tuple[Harm, int, bool]] = []
     harms = (die, pause, lock) if vendor == "sqlite" else (die, pause, drop, conflict)
     for number, committed in enumerate(boundaries, start=1):
         outside = number == 1 or boundaries[number - 2]
         for harm in harms:
-            if harm not in (lock, pause) or outside:
+            if harm in (die, drop) or outside or (harm is conflict and committed):
                 found.append((harm, number, False))
             if harm in (die, drop) and committed:
                 found.append((harm, number, True))
