@@ -13,6 +13,10 @@ from django.contrib.admin.models import LogEntry
 from django.contrib.auth.models import User
 from django.http import HttpRequest
 from django.test import Client
+from django.views.debug import (
+    SafeExceptionReporterFilter,
+    get_default_exception_reporter_filter,
+)
 
 from ebbs_and_flows import FlowStatus, FlowTemplate, flow_runner, task
 from ebbs_and_flows.models import ExecutionContextEntry, FlowExecution, TaskExecution
@@ -226,6 +230,24 @@ def test_what_looks_secret_is_masked_on_every_page(admin_client: Client) -> None
     text = "".join(admin_client.get(url).content.decode() for url in urls)
     assert "api_key" in text
     assert "s3cret" not in text
+
+
+class IbanFilter(SafeExceptionReporterFilter):
+    cleansed_substitute = "hidden"
+    hidden_settings = re.compile("iban")
+
+
+def test_what_is_secret_is_a_setting_of_the_project(admin_client: Client, settings: Any) -> None:
+    flow = succeeded(iban="DE00", api_key="shown now")
+    get_default_exception_reporter_filter.cache_clear()
+    settings.DEFAULT_EXCEPTION_REPORTER_FILTER = f"{__name__}.IbanFilter"
+    try:
+        text = page(admin_client, f"{LIST}{flow.pk}/change/")
+    finally:
+        get_default_exception_reporter_filter.cache_clear()
+    assert "DE00" not in text
+    assert "hidden" in text
+    assert "shown now" in text
 
 
 def test_a_long_value_is_folded_and_cut_and_stays_masked(admin_client: Client) -> None:

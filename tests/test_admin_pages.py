@@ -20,7 +20,7 @@ from django.utils import timezone
 
 from ebbs_and_flows import FlowStatus, FlowTemplate, Retry, flow_runner, task
 from ebbs_and_flows.admin.attempts import log_lines, split_output
-from ebbs_and_flows.admin.catalogue import retry_in_words
+from ebbs_and_flows.admin.rules import retry_in_words
 from ebbs_and_flows.admin.timeline import Axis, timeline_rows
 from ebbs_and_flows.models import (
     ExecutionContextEntry,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -107,8 +106,8 @@ def apply(action: FlowAction, request: HttpRequest, flows: QuerySet[FlowExecutio
     The flows are read in batches, so that memory does not grow with their number.
     """
     by = actor(request)
-    done = left = 0
-    errors: Counter[str] = Counter()
+    done = left = more = 0
+    errors: set[str] = set()
     for flow in chain.from_iterable(in_batches(flows)):
         if flow.status not in action.statuses:
             left += 1
@@ -119,7 +118,11 @@ def apply(action: FlowAction, request: HttpRequest, flows: QuerySet[FlowExecutio
             # Changed since it was read.
             left += 1
         except EbbsAndFlowsError as error:
-            errors[str(error)] += 1
+            # Each may name its flow, so that they are not all kept.
+            if len(errors) < _SHOWN_ERRORS:
+                errors.add(str(error))
+            else:
+                more += str(error) not in errors
         else:
             done += 1
             log(request, flow, CHANGE, str(action.label))
@@ -127,10 +130,9 @@ def apply(action: FlowAction, request: HttpRequest, flows: QuerySet[FlowExecutio
         messages.success(request, action.done % done)
     if left:
         messages.warning(request, action.left % left)
-    for text, _count in errors.most_common(_SHOWN_ERRORS):
+    for text in sorted(errors):
         messages.error(request, text)
-    if len(errors) > _SHOWN_ERRORS:
-        more = len(errors) - _SHOWN_ERRORS
+    if more:
         messages.error(request, ngettext("%d more error.", "%d more errors.", more) % more)
 
 

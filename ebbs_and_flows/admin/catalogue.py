@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -19,14 +19,15 @@ from django.utils.translation import gettext as _
 from django.utils.translation import ngettext
 
 from ..engines import QueueSchedule, get_engine
-from ..flows import FlowTemplate, Retry, Task
+from ..flows import FlowTemplate
 from ..models import FlowExecution, FlowTemplateState
 from ..runner import flow_runner
 from ..service import flow_service
 from ..status import WAITING, FlowStatus
 from .pages import admin_url
-from .pieces import duration, in_words, moment
+from .pieces import duration, moment
 from .queries import bounded_counts, flows, rows_of_each, template_names
+from .rules import ShownTask, shown_task, template_rules
 
 LAST_RUNS = 30
 MAX_COUNTED = 1_000
@@ -40,16 +41,6 @@ class Count:
     value: str
     url: str
     tone: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ShownTask:
-    """A task of a template, with its rules in words."""
-
-    number: int
-    name: str
-    description: str
-    rules: list[str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,7 +137,7 @@ def _entry(
         url=admin_url(site, f"{prefix}_change", quoted),
         schedule_url=admin_url(site, f"{prefix}_schedule", quoted),
         description=template.description,
-        tasks=[_shown_task(number, task) for number, task in enumerate(template.tasks, start=1)],
+        tasks=[shown_task(number, task) for number, task in enumerate(template.tasks, start=1)],
         counts=[
             Count(
                 name=name,
@@ -161,7 +152,7 @@ def _entry(
         median=duration(_percentile(times, 50)) or "–",
         percentile=duration(_percentile(times, 95)) or "–",
         last_run=moment(max((r.finished_at for r in runs if r.finished_at), default=None)),
-        rules=_template_rules(template),
+        rules=template_rules(template),
         paused=paused,
     )
 
@@ -217,65 +208,6 @@ def _bars(site: admin.AdminSite, runs: Sequence[FlowExecution]) -> SafeString | 
             drawn,
         ),
     )
-
-
-def _shown_task(number: int, task: Task) -> ShownTask:
-    rules = []
-    if task.retry is not None:
-        rules.append(retry_in_words(task.retry))
-    if task.timeout is not None:
-        rules.append(_("At most %(time)s an attempt.") % {"time": in_words(task.timeout)})
-    if task.atomic:
-        rules.append(_("In one transaction with its record."))
-    return ShownTask(number=number, name=task.name, description=task.description, rules=rules)
-
-
-def retry_in_words(retry: Retry) -> str:
-    """Return a retry rule as a sentence."""
-    if retry.attempts == 1:
-        return _("One attempt, no retry.")
-    attempts = ngettext("%d attempt in all", "%d attempts in all", retry.attempts)
-    parts = [attempts % retry.attempts]
-    if not retry.delay:
-        parts.append(_("without a wait"))
-    elif retry.backoff == 1 or retry.attempts == 2:
-        parts.append(_("%(time)s apart") % {"time": in_words(min(retry.delay, retry.max_delay))})
-    else:
-        parts.append(
-            _("the first retry after %(time)s, each later one after %(times)s times as long")
-            % {"time": in_words(retry.delay), "times": f"{retry.backoff:g}"}
-        )
-        last = retry.delay * float(retry.backoff) ** min(retry.attempts - 2, 200)
-        if last > retry.max_delay:
-            parts.append(_("at most %(time)s") % {"time": in_words(retry.max_delay)})
-    if retry.on != (Exception,):
-        parts.append(_("on %(errors)s only") % {"errors": _names(retry.on)})
-    if retry.never_on:
-        parts.append(_("never on %(errors)s") % {"errors": _names(retry.never_on)})
-    return ", ".join(parts) + "."
-
-
-def _names(errors: Iterable[type[BaseException]]) -> str:
-    return ", ".join(error.__name__ for error in errors)
-
-
-def _template_rules(template: FlowTemplate) -> list[str]:
-    rules = []
-    if template.max_running is not None:
-        rules.append(
-            ngettext(
-                "At most %d flow of it runs at once.",
-                "At most %d flows of it run at once.",
-                template.max_running,
-            )
-            % template.max_running
-        )
-    if template.deadline is not None:
-        rules.append(
-            _("A flow fails by itself when it is not over %(time)s after its moment.")
-            % {"time": in_words(template.deadline)}
-        )
-    return rules
 
 
 def recurring(template: FlowTemplate, site: admin.AdminSite) -> list[Recurring]:

@@ -7,12 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from django.utils.translation import gettext as _
-from django.views.debug import SafeExceptionReporterFilter
+from django.views.debug import get_default_exception_reporter_filter
 
 FOLDED_ABOVE = 160
-
-_SECRET = SafeExceptionReporterFilter.hidden_settings
-_MASK = SafeExceptionReporterFilter.cleansed_substitute
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,10 +28,10 @@ def shown_value(name: str, stored: str, size: int) -> ShownValue:
     `stored` is the beginning of its stored text, `size` the length of all of it, in characters.
     Nothing is decoded: a page must not load a model's row, nor fail where one is gone.
     """
-    if _SECRET.search(name):
-        return ShownValue(type="", text=_MASK, is_long=False)
+    if _looks_secret(name):
+        return ShownValue(type="", text=_mask(), is_long=False)
     if size > len(stored):
-        if _SECRET.search(stored):
+        if _looks_secret(stored):
             text = _("Too long to be shown with what looks secret in it masked.")
         else:
             text = stored + "\n" + _("… cut here: %(size)s characters in all.") % {"size": size}
@@ -81,12 +78,23 @@ def type_of(node: Any) -> str:
     return "None" if node is None else type(node).__name__
 
 
+def _looks_secret(name: str) -> bool:
+    # As in error reports: a project may set another filter with DEFAULT_EXCEPTION_REPORTER_FILTER.
+    return bool(get_default_exception_reporter_filter().hidden_settings.search(name))
+
+
+def _mask() -> str:
+    return str(get_default_exception_reporter_filter().cleansed_substitute)
+
+
 def _masked(node: Any) -> Any:
     if isinstance(node, list):
         # A dict whose keys are not all texts is stored as pairs.
-        if len(node) == 2 and isinstance(node[0], str) and _SECRET.search(node[0]):
-            return [node[0], _MASK]
+        if len(node) == 2 and isinstance(node[0], str) and _looks_secret(node[0]):
+            return [node[0], _mask()]
         return [_masked(item) for item in node]
     if isinstance(node, dict):
-        return {key: _MASK if _SECRET.search(key) else _masked(item) for key, item in node.items()}
+        return {
+            key: _mask() if _looks_secret(key) else _masked(item) for key, item in node.items()
+        }
     return node
