@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.metadata import entry_points
+
 import django
 from django.conf import settings
 from django.core.management import call_command
@@ -30,4 +32,6 @@ flow = flow_runner.run_flow()
 assert flow is not None
 assert flow.status == FlowStatus.SUCCEEDED, flow.status
 assert flow.execution_context["total"] == 5
+(plugin,) = entry_points(group="pytest11", name="ebbs_and_flows.pytest_plugin")
+assert plugin.value == "ebbs_and_flows.pytest_plugin"
 print("The package works from an empty environment.")
