@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo demo-once test chaos chaos-short bench bench-quick bench-background lint format package clean
+.PHONY: demo demo-once test chaos chaos-short bench bench-quick bench-background lint format docs package clean
 
 # Real data through real flows on SQLite, then the admin until Ctrl-C.
 demo: $(VENV)/demo.stamp
@@ -46,10 +46,15 @@ format: $(VENV)/lint.stamp
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The documentation, into docs/_build/html; a warning is an error.
+docs: $(VENV)/docs.stamp
+	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
+
 # Builds the distribution and imports it from an environment that holds nothing else.
 package: $(VENV)/lint.stamp
 	rm -rf build dist $(VENV)/empty
 	$(BIN)/python -m build --quiet
+	$(BIN)/twine check --strict dist/*
 	$(PYTHON) -m venv $(VENV)/empty
 	$(VENV)/empty/bin/pip install --quiet dist/*.whl
 	cd $(VENV) && empty/bin/python ../tests/installed.py
@@ -63,7 +68,7 @@ bench-quick: $(VENV)/test.stamp
 	$(BIN)/python -m bench --quick
 
 clean:
-	rm -rf $(VENV) build dist demo_project/var *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf $(VENV) build dist docs/_build demo_project/var *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
