@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo demo-once test chaos chaos-short bench bench-quick bench-background lint format docs package clean
+.PHONY: demo demo-once test chaos chaos-short bench bench-quick bench-background versions lint format docs package clean
 
 # Real data through real flows on SQLite, then the admin until Ctrl-C.
 demo: $(VENV)/demo.stamp
@@ -15,6 +15,10 @@ demo-once: $(VENV)/demo.stamp
 # The suite on SQLite and on each database server that answers.
 test: $(VENV)/test.stamp
 	$(BIN)/python tests/on_every_database.py -q -n 2
+
+# The suite over the supported Pythons and Djangos, on SQLite.
+versions: $(VENV)/versions.stamp
+	$(BIN)/nox
 
 # How soon flows start in the background, and how fast a backlog is done: PostgreSQL, Redis.
 bench-background: $(VENV)/test.stamp
@@ -39,6 +43,7 @@ lint: $(VENV)/lint.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 	$(BIN)/djlint --lint --quiet ebbs_and_flows/templates
 
