@@ -1,7 +1,7 @@
-"""The suite over the Pythons and Djangos that are supported: `nox`, or one: `nox -s "suite-3.12(6.0)"`.
+"""The suite over the supported Pythons and Djangos: `nox`, or one: `nox -s "suite-3.12(6.0)"`.
 
-The interpreters are those on the PATH; one that is missing is skipped. The database is the one that
-`EBBS_TEST_DATABASE` names, by default SQLite.
+The interpreters are those on the PATH; one that is missing is skipped. The database is the one
+that `EBBS_TEST_DATABASE` names, by default SQLite.
 """
 
 from __future__ import annotations
