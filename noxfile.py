@@ -19,4 +19,4 @@ def suite(session: nox.Session, django: str) -> None:
     if session.python == "3.11" and django != "5.2":
         session.skip("Django 6 wants Python 3.12 or later.")
     session.install("--editable", ".[test]", f"Django~={django}.0")
-    session.run("pytest", "-q", "-n", "2", "-m", "not browser", *session.posargs)
+    session.run("pytest", "-q", "-n", "2", *session.posargs)
