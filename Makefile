@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo demo-once test chaos chaos-short bench bench-quick bench-background lint format package clean
+.PHONY: demo demo-once test chaos chaos-short bench bench-quick bench-background versions lint format docs package clean
 
 # Real data through real flows on SQLite, then the admin until Ctrl-C.
 demo: $(VENV)/demo.stamp
@@ -15,6 +15,10 @@ demo-once: $(VENV)/demo.stamp
 # The suite on SQLite and on each database server that answers.
 test: $(VENV)/test.stamp
 	$(BIN)/python tests/on_every_database.py -q -n 2
+
+# The suite over the supported Pythons and Djangos, on SQLite.
+versions: $(VENV)/versions.stamp
+	$(BIN)/nox
 
 # How soon flows start in the background, and how fast a backlog is done: PostgreSQL, Redis.
 bench-background: $(VENV)/test.stamp
@@ -39,6 +43,7 @@ lint: $(VENV)/lint.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 	$(BIN)/djlint --lint --quiet ebbs_and_flows/templates
 
@@ -46,10 +51,15 @@ format: $(VENV)/lint.stamp
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The documentation, into docs/_build/html; a warning is an error.
+docs: $(VENV)/docs.stamp
+	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
+
 # Builds the distribution and imports it from an environment that holds nothing else.
 package: $(VENV)/lint.stamp
 	rm -rf build dist $(VENV)/empty
 	$(BIN)/python -m build --quiet
+	$(BIN)/twine check --strict dist/*
 	$(PYTHON) -m venv $(VENV)/empty
 	$(VENV)/empty/bin/pip install --quiet dist/*.whl
 	cd $(VENV) && empty/bin/python ../tests/installed.py
@@ -63,7 +73,7 @@ bench-quick: $(VENV)/test.stamp
 	$(BIN)/python -m bench --quick
 
 clean:
-	rm -rf $(VENV) build dist demo_project/var *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf $(VENV) build dist docs/_build demo_project/var *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -29,7 +29,7 @@ durable default, in an environment of its own; nobody's durability is lowered. S
 in turns (A B C A B C …); shown are the medians, and the least in brackets. Absolute times are this
 machine's: compare within a column.
 
-Make them yourself with `make bench`; [bench/README.md](../bench/README.md) tells how, and what a
+Make them yourself with `make bench`; `bench/README.md` tells how, and what a
 profile says.
 """
 LIMITS = """\

@@ -32,6 +32,7 @@ from .exceptions import (
     TemplateDrift,
     UnreadableValue,
     UnstorableValue,
+    WrongEntryType,
 )
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ __all__ = [
     "TemplateDrift",
     "UnreadableValue",
     "UnstorableValue",
+    "WrongEntryType",
     "context_type",
     "flow_runner",
     "task",

@@ -7,7 +7,8 @@ import logging
 import math
 import unicodedata
 from collections.abc import Iterator, Mapping
-from typing import Any, Final, Protocol, Self
+from types import GenericAlias
+from typing import Any, Final, Protocol, Self, TypeVar
 
 from .exceptions import (
     ChangedEntry,
@@ -19,6 +20,7 @@ from .exceptions import (
     ReferencedObjectGone,
     UnreadableValue,
     UnstorableValue,
+    WrongEntryType,
 )
 from .values import decode, encode, same_value
 
@@ -27,6 +29,9 @@ MAX_NAME_LENGTH: Final = 200
 
 # Control characters, lone surrogates, line and paragraph separators.
 _REFUSED_CATEGORIES: Final = frozenset({"Cc", "Cs", "Zl", "Zp"})
+
+
+T = TypeVar("T")
 
 
 class Attempt(Protocol):
@@ -202,6 +207,25 @@ class ExecutionContext(Mapping[str, Any]):
         for name, value in new.items():
             context.add(name, value)
         return context
+
+    def get_typed(self, name: str, kind: type[T]) -> T:
+        """Return an entry's value as a `kind`, which type checkers then know it to be.
+
+        Raises `KeyError` for an entry that is not there, `WrongEntryType` (a `TypeError`) for a
+        value of another type, and for a `kind` that is no plain class, as `list[int]` is none.
+        """
+        if not isinstance(kind, type) or isinstance(kind, GenericAlias):
+            raise WrongEntryType(
+                f"The entry {name!r} cannot be read as {kind!r}: give a class, such as list or"
+                f" Decimal."
+            )
+        value = self[name]
+        if not isinstance(value, kind):
+            raise WrongEntryType(
+                f"The entry {name!r} is of type {type(value).__qualname__}, not of the wanted type"
+                f" {kind.__qualname__}: read it as what it is, or store it so."
+            )
+        return value
 
     def encode_new_entries(self, stored: Mapping[str, str], *, max_bytes: int) -> dict[str, str]:
         """Return the texts of the entries that are not in `stored`, by name.

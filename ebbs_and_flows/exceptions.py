@@ -71,6 +71,10 @@ class ReferencedObjectGone(EbbsAndFlowsError, LookupError):
     """The model instance that an entry refers to is no longer in the database."""
 
 
+class WrongEntryType(EbbsAndFlowsError, TypeError):
+    """An entry was read as a type that it does not have."""
+
+
 class InvalidTaskResult(EbbsAndFlowsError, TypeError):
     """A task returned something other than an `ExecutionContext`."""
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from importlib.metadata import entry_points
+
 import django
 from django.conf import settings
 from django.core.management import call_command
+from django.utils import translation
 
 settings.configure(
     SECRET_KEY="x",
@@ -30,4 +33,8 @@ flow = flow_runner.run_flow()
 assert flow is not None
 assert flow.status == FlowStatus.SUCCEEDED, flow.status
 assert flow.execution_context["total"] == 5
+with translation.override("de"):
+    assert FlowStatus.FAILED.label == "Fehlgeschlagen", FlowStatus.FAILED.label
+(plugin,) = entry_points(group="pytest11", name="ebbs_and_flows.pytest_plugin")
+assert plugin.value == "ebbs_and_flows.pytest_plugin"
 print("The package works from an empty environment.")
