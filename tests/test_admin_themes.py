@@ -8,10 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from django.conf import settings
 
 
-@pytest.mark.skipif(settings.DATABASE != "sqlite", reason="once is enough, on SQLite")
+@pytest.mark.own_database
 @pytest.mark.parametrize("theme", ["unfold", "jazzmin"])
 def test_each_page_renders_under(theme: str) -> None:
     done = subprocess.run(

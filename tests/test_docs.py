@@ -17,7 +17,6 @@ import time
 from pathlib import Path
 
 import pytest
-from django.conf import settings
 
 from ebbs_and_flows import conf, exceptions
 
@@ -185,7 +184,7 @@ def test_each_block_is_of_a_known_kind(page: str) -> None:
 
 
 @pytest.mark.processes
-@pytest.mark.skipif(settings.DATABASE != "sqlite", reason="the projects of the docs are on SQLite")
+@pytest.mark.own_database
 @pytest.mark.parametrize(
     "page",
     [

@@ -81,6 +81,7 @@ def run(project: Path, *arguments: str, code: int = 0) -> str:
 
 
 @pytest.mark.processes
+@pytest.mark.own_database
 def test_the_readme_from_the_first_line_to_the_last(project: Path) -> None:
     run(project, "manage.py", "makemigrations", "shop")
     commands = [
