@@ -18,6 +18,7 @@ FULL = {
     "latency": ["--rounds", "2"],
     "claim": ["--rounds", "5"],
     "memory": ["--flows", "100000"],
+    "heartbeat": ["--rounds", "40"],
     "profile_step": ["--lines", "0"],
 }
 QUICK = {
@@ -26,6 +27,7 @@ QUICK = {
     "latency": ["--rounds", "1", "--flows", "8"],
     "claim": ["--rounds", "2", "--scale", "0.05"],
     "memory": ["--flows", "5000"],
+    "heartbeat": ["--rounds", "10"],
     "profile_step": ["--lines", "0"],
 }
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from bench.harness.results import Results, load
 from bench.harness.sampling import ROOT
 
-PARTS = ("steps", "drain", "latency", "claim", "memory", "profile")
+PARTS = ("steps", "drain", "latency", "claim", "memory", "heartbeat", "profile")
 PAGE = ROOT / "docs" / "benchmarks.md"
 PLOT = ROOT / "docs" / "images" / "benchmarks.svg"
 PLOTTED = "W10, ms a step"

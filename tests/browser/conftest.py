@@ -46,7 +46,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
-@pytest.fixture(scope="session")
+# For a module, not for the session: other tests of the same process await tasks of their own.
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     # Playwright's loop runs in this thread, and Django takes any loop for an asynchronous caller.
     os.environ["DJANGO_ALLOW_ASYNC_UNSAFE"] = "true"
