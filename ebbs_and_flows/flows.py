@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, overload
 
 from django.db.models import QuerySet
+from django.forms.fields import Field, JSONString
 from django.forms.forms import BaseForm
+from django.forms.widgets import MultiWidget
 
 from .context import ExecutionContext, is_number
 from .exceptions import (
@@ -181,6 +183,33 @@ def task(function: Run | None = None, /, **options: Any) -> Any:
     return FunctionTask(function, **options)
 
 
+class CleanedParameters(dict[str, Any]):
+    """What a bound form of a template's `parameters` has cleaned: it is not validated again."""
+
+    @classmethod
+    def of(cls, form: Any) -> CleanedParameters:
+        """Return the cleaned data of a valid form, each value of a type that a context stores."""
+        return cls({name: _plain(value) for name, value in form.cleaned_data.items()})
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, QuerySet):
+        return list(value)
+    return str(value) if isinstance(value, JSONString) else value
+
+
+def _as_form_data(parameters: type[BaseForm], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values as a form reads them: those of several widgets by the names of those."""
+    fields: dict[str, Field] = getattr(parameters, "base_fields", {})
+    form_data = dict(given)
+    for name, value in given.items():
+        if name in fields and isinstance(fields[name].widget, MultiWidget):
+            widget: Any = fields[name].widget
+            parts = zip(widget.widgets_names, widget.decompress(value), strict=True)
+            form_data |= {f"{name}{suffix}": part for suffix, part in parts}
+    return form_data
+
+
 class FlowTemplate:
     """The blueprint of a flow: a name and an ordered list of tasks.
 
@@ -247,10 +276,10 @@ class FlowTemplate:
         Without `parameters` it is returned as it is. Raises `InvalidParameters`, and what an
         `ExecutionContext` of it raises.
         """
-        if self.parameters is None:
+        if self.parameters is None or isinstance(context, CleanedParameters):
             return {} if context is None else context
         given = dict(ExecutionContext(context))
-        form = self.parameters(data=given)
+        form = self.parameters(data=_as_form_data(self.parameters, given))
         unknown = [name for name in given if name not in form.fields]
         if unknown:
             known = ", ".join(form.fields) or "none"
@@ -263,11 +292,7 @@ class FlowTemplate:
                 self.name,
                 {name: [str(text) for text in form.errors[name]] for name in form.errors},
             )
-        cleaned: dict[str, Any] = form.cleaned_data
-        return {
-            name: list(value) if isinstance(value, QuerySet) else value
-            for name, value in cleaned.items()
-        }
+        return CleanedParameters.of(form)
 
     @property
     def tasks(self) -> tuple[Task, ...]:

@@ -425,6 +425,8 @@ def test_a_form_of_references_and_of_derived_data_is_scheduled(
         owner = forms.ModelChoiceField(User.objects.all())
         others = forms.ModelMultipleChoiceField(User.objects.all())
         note = forms.JSONField(required=False)
+        title = forms.JSONField()
+        starts = forms.SplitDateTimeField()
 
         def clean(self) -> dict[str, Any]:
             return {**self.cleaned_data, "derived": 1}
@@ -437,6 +439,9 @@ def test_a_form_of_references_and_of_derived_data_is_scheduled(
                 "parameters-owner": admin_user.pk,
                 "parameters-others": [admin_user.pk],
                 "parameters-note": '["text"]',
+                "parameters-title": '"a text"',
+                "parameters-starts_0": "2026-03-04",
+                "parameters-starts_1": "05:06",
                 "priority": "0",
             },
         )
@@ -445,6 +450,8 @@ def test_a_form_of_references_and_of_derived_data_is_scheduled(
     assert context["owner"] == admin_user
     assert context["others"] == [admin_user]
     assert context["note"] == ["text"]
+    assert (context["title"], type(context["title"])) == ("a text", str)
+    assert context["starts"].isoformat() == "2026-03-04T05:06:00+01:00"
     assert context["derived"] == 1
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -45,6 +45,10 @@ class Invoice(forms.Form):
         if self.cleaned_data.get("copies") == 7:
             raise forms.ValidationError("Seven brings bad luck.")
         return self.cleaned_data
+
+
+class Appointment(forms.Form):
+    at = forms.SplitDateTimeField()
 
 
 @pytest.fixture
@@ -236,3 +240,12 @@ def test_the_command_refuses_bad_parameters_in_one_sentence(
     order = Order.objects.create(number="42")
     call_command("scheduleflow", "invoice", "--entry", "copies=2", "--entry", f"order={order.pk}")
     assert FlowExecution.objects.get().status == FlowStatus.SCHEDULED
+
+
+def test_a_value_of_several_widgets_is_given_as_one(bulk: FlowRunner) -> None:
+    at = datetime(2026, 3, 4, 5, 6, tzinfo=UTC)
+    bulk.register_flow_template(FlowTemplate("appointment", tasks=[keep], parameters=Appointment))
+    flow = bulk.schedule_flow("appointment", {"at": at})
+    assert flow.execution_context["at"] == at
+    with pytest.raises(InvalidParameters, match="at: Enter a list of values|at: This field"):
+        bulk.schedule_flow("appointment", {})

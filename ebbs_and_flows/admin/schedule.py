@@ -8,13 +8,12 @@ from typing import Any
 from django import forms
 from django.contrib import admin, messages
 from django.contrib.admin.models import ADDITION
-from django.db.models import Model, QuerySet
 from django.http import HttpRequest, HttpResponse, HttpResponseRedirect
 from django.template.response import TemplateResponse
 from django.utils.translation import gettext as _
 
 from ..exceptions import EbbsAndFlowsError
-from ..flows import FlowTemplate
+from ..flows import CleanedParameters, FlowTemplate
 from ..models import FlowExecution
 from ..runner import flow_runner
 from ..service import flow_service
@@ -48,7 +47,11 @@ def schedule_page(
     # Both are asked, so that all errors are shown at once.
     is_valid = all([form.is_valid(), parameters is None or parameters.is_valid()])
     if is_post and is_valid:
-        context = form.cleaned_data["context"] if parameters is None else _given(parameters)
+        context = (
+            form.cleaned_data["context"]
+            if parameters is None
+            else CleanedParameters.of(parameters)
+        )
         made = _schedule(request, template, form, parameters, context)
         if made is not None:
             return HttpResponseRedirect(flow_url(model_admin.admin_site, made.pk))
@@ -77,16 +80,6 @@ def _parameters(template: FlowTemplate, request: HttpRequest, offered: dict[str,
         return parameters(request.POST, request.FILES, prefix=PREFIX)
     plain = {name: value for name, value in offered.items() if not isinstance(value, dict)}
     return parameters(initial=plain, prefix=PREFIX)
-
-
-def _given(parameters: forms.Form) -> dict[str, Any]:
-    """Return the cleaned data as the runner's own use of the form takes it."""
-    given = {}
-    for name, field in parameters.fields.items():
-        value = parameters.cleaned_data.get(name)
-        is_stored_elsewhere = isinstance(value, Model | QuerySet)
-        given[name] = field.prepare_value(value) if is_stored_elsewhere else value
-    return given
 
 
 def _schedule(
