@@ -11,6 +11,7 @@ from django.utils.translation import gettext_lazy as _
 from django.utils.translation import pgettext_lazy
 
 from .status import FINISHED, FlowStatus, TaskStatus
+from .validation import MAX_PRIORITY, MIN_PRIORITY, NAME_LENGTH
 
 if TYPE_CHECKING:
     from datetime import timedelta
@@ -18,9 +19,6 @@ if TYPE_CHECKING:
     from django.db.backends.base.base import BaseDatabaseWrapper
 
     from .context import ExecutionContext
-
-MIN_PRIORITY, MAX_PRIORITY = -100, 100
-NAME_LENGTH = 200
 
 
 # MariaDB's default collations ignore case, and PostgreSQL's keep LIKE and ranges from its indexes.

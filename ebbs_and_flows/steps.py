@@ -9,10 +9,11 @@ from datetime import datetime, timedelta
 from .conf import get_settings
 from .exceptions import ClaimLost, DeadlineExceeded, EbbsAndFlowsError, TemplateDrift
 from .flows import FlowTemplate
-from .models import NAME_LENGTH, FlowExecution, FlowTransition, TaskExecution
+from .models import FlowExecution, FlowTransition, TaskExecution
 from .repository import ClaimedRun, DatabaseNow, FlowRepository
 from .signals import announce_status, announce_task
 from .status import WAITING, FlowStatus, TaskStatus
+from .validation import NAME_LENGTH
 
 logger = logging.getLogger("ebbs_and_flows")
 

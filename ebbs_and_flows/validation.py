@@ -10,7 +10,10 @@ from typing import Any
 from django.utils import timezone
 
 from .exceptions import InvalidArgument
-from .models import MAX_PRIORITY, MIN_PRIORITY, NAME_LENGTH
+
+MIN_PRIORITY, MAX_PRIORITY = -100, 100
+NAME_LENGTH = 200
+"""The length of a name, a key or an actor at most, in characters."""
 
 
 def check_text(what: str, value: Any) -> str:

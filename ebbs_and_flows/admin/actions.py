@@ -15,9 +15,10 @@ from django.utils.translation import gettext_lazy as _
 from django.utils.translation import ngettext, ngettext_lazy
 
 from ..exceptions import EbbsAndFlowsError, FlowExecutionNotFound, IllegalTransition
-from ..models import MAX_PRIORITY, FlowExecution
+from ..models import FlowExecution
 from ..runner import flow_runner
 from ..status import ALLOWED_TRANSITIONS, FINISHED, FlowStatus
+from ..validation import MAX_PRIORITY
 from .pages import actor, log, may
 
 _BATCH = 500

@@ -12,7 +12,7 @@ from django.utils.translation import pgettext_lazy
 
 from ..context import ExecutionContext
 from ..exceptions import EbbsAndFlowsError, UnreadableValue
-from ..models import MAX_PRIORITY, MIN_PRIORITY, NAME_LENGTH
+from ..validation import MAX_PRIORITY, MIN_PRIORITY, NAME_LENGTH
 from ..values import decode
 from .values_shown import type_of
 

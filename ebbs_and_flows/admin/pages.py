@@ -13,7 +13,8 @@ from django.http import HttpRequest, HttpResponse, HttpResponseNotAllowed, HttpR
 from django.urls import reverse
 from django.utils.translation import gettext as _
 
-from ..models import NAME_LENGTH, FlowExecution
+from ..models import FlowExecution
+from ..validation import NAME_LENGTH
 from .queries import flows
 
 SEE_VALUES = "view_executioncontextentry"

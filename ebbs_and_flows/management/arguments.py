@@ -17,8 +17,8 @@ from django.utils import timezone
 from django.utils.dateparse import parse_date, parse_datetime
 
 from ..exceptions import EbbsAndFlowsError, FlowTemplateNotFound
-from ..models import NAME_LENGTH
 from ..runner import flow_runner
+from ..validation import NAME_LENGTH
 
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 _DURATION = re.compile(r"(\d{1,9})([smhdw])", re.ASCII)

@@ -12,8 +12,9 @@ from typing import Any
 from django.db import IntegrityError
 from django.db.models import F, Q
 
-from ..models import MIN_PRIORITY, FlowExecution, FlowTemplateState
+from ..models import FlowExecution, FlowTemplateState
 from ..status import WAITING, FlowStatus
+from ..validation import MIN_PRIORITY
 from .database import (
     ATTEMPT,
     BATCH,
