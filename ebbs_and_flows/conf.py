@@ -28,6 +28,8 @@ class Settings:
     """The size of an attempt's stored output at most, in bytes of UTF-8."""
     MAX_LOG_BYTES: int = 64 * 1024
     """The size of what an attempt logged at most, in bytes of UTF-8; 0 keeps nothing."""
+    KEEP_DAYS: float = 0
+    """For how many days a flow that succeeded or was cancelled is kept; 0 is for ever."""
     ENGINE: str = "ebbs_and_flows.engines.django_q.DjangoQEngine"
     """The dotted path of the class that wakes a queue's workers."""
 
@@ -40,6 +42,7 @@ MINIMUM: dict[str, float] = {
     "MAX_ENTRY_BYTES": 1024,
     "MAX_OUTPUT_BYTES": 1024,
     "MAX_LOG_BYTES": 0,
+    "KEEP_DAYS": 0,
 }
 
 

@@ -218,6 +218,8 @@ class FlowTemplate:
     `parameters` is a Django Form class: what a flow is scheduled with is validated by it, and its
     cleaned data is the first context. At most `max_running` flows of it run at once, over all
     workers. A flow fails by itself `deadline` seconds after the moment that it is scheduled for.
+    One that succeeded or was cancelled is deleted after `keep_days`; by default after the setting
+    `KEEP_DAYS`, 0 being never.
     """
 
     def __init__(
@@ -231,6 +233,7 @@ class FlowTemplate:
         parameters: type[BaseForm] | None = None,
         max_running: int | None = None,
         deadline: float | None = None,
+        keep_days: float | None = None,
     ) -> None:
         self.name = _checked_name("flow template", name)
         if parameters is not None and not (
@@ -253,6 +256,10 @@ class FlowTemplate:
                 f"Template {name!r} has deadline = {deadline!r}: give seconds above 0 and at most"
                 f" {MAX_DELAY_SECONDS}, or None."
             )
+        if keep_days is not None and not (is_number(keep_days) and 0 <= keep_days < 2**31):
+            raise InvalidFlowTemplate(
+                f"Template {name!r} has keep_days = {keep_days!r}: give days, 0 for ever, or None."
+            )
         if not isinstance(tasks, Iterable):
             raise InvalidFlowTemplate(
                 f"Template {name!r} has tasks = {tasks!r}: give a list of Task instances."
@@ -260,6 +267,7 @@ class FlowTemplate:
         self.parameters = parameters
         self.max_running = max_running
         self.deadline = deadline
+        self.keep_days = keep_days
         self.recurrence: Recurrence | None = None
         if cron is not None:
             self.recurrence = Recurrence(

@@ -307,7 +307,10 @@ class WorkerProcess(models.Model):
 
 
 class PacemakerBeat(models.Model):
-    """One row: when a pacemaker of the whole installation last woke a worker."""
+    """When one pacemaker last did for the whole installation what one does: a row for each thing.
+
+    1 is waking a worker, 2 is deleting old flows.
+    """
 
     beat_at = models.DateTimeField()
 

@@ -7,6 +7,7 @@ the next flow has come.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 
@@ -14,6 +15,10 @@ from .engines import get_engine
 from .presence import Presence
 from .runner import FlowRunner, flow_runner
 
+logger = logging.getLogger("ebbs_and_flows")
+
+PRUNE_SECONDS = 3600.0
+"""After which a pacemaker looks again for flows that were kept for long enough."""
 SYNC_SECONDS = 60.0
 """After which recurring flows are made what the code declares once more.
 
@@ -31,6 +36,7 @@ class Pacemaker(Presence):
         super().__init__()
         self._runner = runner
         self._sync_at = 0.0
+        self._prune_at = 0.0
 
     def beat(self) -> float:
         """Wake a worker if something is due; return the seconds until the next beat."""
@@ -40,7 +46,18 @@ class Pacemaker(Presence):
             self._runner.sync_recurring()
             self._sync_at = time.monotonic() + SYNC_SECONDS
         get_engine().fire_recurring()
+        if time.monotonic() >= self._prune_at and not self._prune():
+            self._prune_at = time.monotonic() + PRUNE_SECONDS
         return min(until_refresh, until_next)
+
+    def _prune(self) -> bool:
+        """Delete what was kept for long enough; return whether there may be more at once."""
+        try:
+            return self._runner.prune_kept()
+        except Exception:
+            # A project's own foreign key or receiver may be in the way; waking workers goes on.
+            logger.exception("Old flows could not be deleted; it is tried again in an hour.")
+            return False
 
 
 def start() -> Callable[[], None]:

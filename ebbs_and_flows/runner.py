@@ -33,6 +33,10 @@ MOST_WAKE_UPS = 8
 """How many workers are woken for flows that come together; the pacemakers wake further ones."""
 _CLAIM_PAUSES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2)
 """Seconds between tries to claim what is there and was locked by others at each look."""
+PRUNE_BATCH = 200
+"""How many flows a pacemaker deletes at once."""
+PRUNE_PAUSE = timedelta(seconds=0.5)
+"""Between two of these, at least, in the whole installation."""
 SHORTEST_WAIT = 0.005
 """Seconds between two looks of a pacemaker at least."""
 
@@ -432,6 +436,38 @@ class FlowRunner:
         if due.next_in is None:
             return interval.total_seconds()
         return max(due.next_in, SHORTEST_WAIT)
+
+    def prune_kept(self) -> bool:
+        """Delete some flows that were kept for long enough; return whether there may be more.
+
+        This is what a pacemaker does, one for the whole installation. How long a flow is kept
+        when it has succeeded or was cancelled is its template's `keep_days`, else `KEEP_DAYS`.
+        Failed flows wait for somebody.
+        """
+        own = {
+            name: template.keep_days
+            for name, template in self._templates.items()
+            if template.keep_days is not None
+        }
+        otherwise = get_settings().KEEP_DAYS
+        rules: list[tuple[dict[str, Any], float]] = [
+            *(({"template_name": name}, days) for name, days in own.items()),
+            ({"except_templates": own}, otherwise),
+        ]
+        rules = [(chosen, days) for chosen, days in rules if days]
+        if not rules or not self.service.repository.take_beat(PRUNE_PAUSE, of=2):
+            return False
+        left = PRUNE_BATCH
+        for chosen, days in rules:
+            left -= self.service.prune_finished(
+                timedelta(days=days),
+                statuses=[FlowStatus.SUCCEEDED, FlowStatus.CANCELLED],
+                limit=left,
+                **chosen,
+            )
+            if not left:
+                return True
+        return False
 
     # Pausing
 

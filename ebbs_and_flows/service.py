@@ -457,12 +457,14 @@ class FlowService(StepService):
         *,
         template_name: str | None = None,
         statuses: Iterable[FlowStatus] = FINISHED,
+        except_templates: Iterable[str] = (),
         batch_size: int = 500,
+        limit: int | None = None,
         dry_run: bool = False,
     ) -> int:
         """Delete flows that ended longer ago than that, a transaction a batch; return how many.
 
-        With `dry_run` only count them.
+        At most `limit` are deleted. With `dry_run` only count them.
         """
         try:
             before = self.repository.now() - older_than
@@ -471,9 +473,12 @@ class FlowService(StepService):
         flows = self.repository.finished_before(before, statuses)
         if template_name is not None:
             flows = flows.filter(template_name=template_name)
+        flows = flows.exclude(template_name__in=list(except_templates))
         if dry_run:
             return flows.count()
         deleted = 0
+        if limit is not None:
+            batch_size = min(batch_size, limit)
         while batch := list(
             flows.order_by("finished_at").values_list("pk", flat=True)[:batch_size]
         ):
@@ -483,6 +488,8 @@ class FlowService(StepService):
                 locked = list(doomed.values_list("pk", flat=True))
                 self.repository.flows.filter(pk__in=locked).delete()
                 deleted += len(locked)
+            if limit is not None and deleted >= limit:
+                break
         return deleted
 
 

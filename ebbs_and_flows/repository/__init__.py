@@ -132,13 +132,16 @@ class FlowRepository(ClaimRepository):
 
     # The pacemakers
 
-    def take_beat(self, interval: timedelta) -> bool:
-        """Whether the caller is the installation's only pacemaker to wake a worker now."""
+    def take_beat(self, interval: timedelta, *, of: int = 1) -> bool:
+        """Whether the caller is the installation's only pacemaker to do a thing now.
+
+        What there is to do, `PacemakerBeat` says.
+        """
         beats = PacemakerBeat.objects.using(self.using)
-        if beats.filter(pk=1, beat_at__lte=DatabaseNow(-interval)).update(beat_at=DatabaseNow()):
+        if beats.filter(pk=of, beat_at__lte=DatabaseNow(-interval)).update(beat_at=DatabaseNow()):
             return True
         # The row is made by the first one of an installation.
-        return beats.get_or_create(pk=1, defaults={"beat_at": self.now()})[1]
+        return beats.get_or_create(pk=of, defaults={"beat_at": self.now()})[1]
 
     def waiting_for_later(self, template_names: Iterable[str]) -> QuerySet[FlowExecution]:
         """The flows whose moment has not come."""
