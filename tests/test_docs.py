@@ -34,6 +34,7 @@ FILE = re.compile(r"# ([\w/]+\.py)$")
 
 SETTINGS = """
 SECRET_KEY = "x"
+ROOT_URLCONF = "urls"
 USE_TZ = True
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 DATABASES = {
@@ -56,6 +57,7 @@ FILES = {
     "settings.py": SETTINGS,
     "manage.py": "import os, sys\nfrom django.core.management import execute_from_command_line\n"
     "os.environ['DJANGO_SETTINGS_MODULE'] = 'settings'\nexecute_from_command_line(sys.argv)\n",
+    "urls.py": "urlpatterns = []\n",
     "pytest.ini": "[pytest]\nDJANGO_SETTINGS_MODULE = settings\npythonpath = .\n",
     "shop/__init__.py": "",
     "shop/migrations/__init__.py": "",

@@ -15,6 +15,7 @@ from django.utils.translation import gettext as _
 from django.utils.translation import ngettext
 
 from ..models import FlowExecution, WorkerProcess
+from ..monitoring import ALIVE, oldest_due_at
 from ..service import flow_service
 from ..status import WAITING, FlowStatus
 from .pieces import duration
@@ -24,8 +25,6 @@ MAX_COUNTED = 10_000
 HOURS = 24
 MAX_WORKERS = 20
 MAX_RUNNING = 50
-ALIVE = timedelta(seconds=60)
-"""A worker shows itself every ten seconds; one that is seen no more for this long is gone."""
 SEEN_LATELY = timedelta(minutes=10)
 TOO_LATE = timedelta(seconds=30)
 """For how long what is due may wait before somebody should ask whether a worker runs."""
@@ -77,7 +76,7 @@ def overview() -> Overview:
     waiting, running = counts[:2]
     failed, succeeded = counts[2 : HOURS + 2], counts[HOURS + 2 :]
     paused = flow_service.paused_templates()
-    oldest = _oldest_due(now, list(paused))
+    oldest = oldest_due_at(now, paused)
     age = now - oldest if oldest else None
     workers = _workers(now)
     alarm = ""
@@ -119,24 +118,6 @@ def _spans(hours: Sequence[datetime]) -> list[tuple[datetime, datetime]]:
 
 def _ended(status: FlowStatus, start: datetime, end: datetime) -> Any:
     return flows().filter(status=status, finished_at__gt=start, finished_at__lte=end)
-
-
-def _oldest_due(now: datetime, paused: list[str]) -> datetime | None:
-    """Return since when the oldest flow is due that could run.
-
-    Due flows lie in an index by rank, and its ranks are few: one look-up for each.
-    """
-    found: list[datetime] = []
-    for status in WAITING:
-        waiting = flows().filter(status=status, run_at__lte=now).exclude(template_name__in=paused)
-        rows = waiting.order_by("ready_rank", "run_at").values_list("ready_rank", "run_at")
-        unseen = waiting.filter(ready_rank=None).order_by("run_at")
-        found += unseen.values_list("run_at", flat=True)[:1]
-        row = rows.filter(ready_rank__isnull=False).first()
-        while row is not None:
-            found.append(row[1])
-            row = rows.filter(ready_rank__gt=row[0]).first()
-    return min(found, default=None)
 
 
 def _workers(now: datetime) -> list[ShownWorker]:

@@ -1,0 +1,147 @@
+"""How things stand, for machines: a health view for probes, and a Prometheus collector.
+
+What is asked of the database is bounded, however many flows there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING
+
+from django.db import DatabaseError, InterfaceError
+from django.http import HttpRequest, JsonResponse
+
+from .models import WorkerProcess
+from .runner import FlowRunner, flow_runner
+from .status import WAITING
+
+if TYPE_CHECKING:
+    from prometheus_client.core import GaugeMetricFamily
+
+MAX_COUNTED = 10_000
+"""Up to where flows are counted; a figure that high means: so many or more."""
+LAST_RUNS = 100
+"""How many runs of each template its durations are taken from."""
+ALIVE = timedelta(seconds=60)
+"""A worker shows itself every ten seconds; one that is seen no more for this long is gone."""
+TOO_LATE_SECONDS = 60.0
+"""How long what is due may wait for a worker to be alive until `health` says that it is ill."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Standing:
+    """What waits to be done, and who is there to do it."""
+
+    # For how long the flow that is due for the longest has been so; None if none is due.
+    oldest_due_seconds: float | None
+    workers: int
+
+    @property
+    def is_well(self) -> bool:
+        """Whether somebody works, or nothing waits for long."""
+        return bool(self.workers) or (self.oldest_due_seconds or 0) < TOO_LATE_SECONDS
+
+
+def standing(runner: FlowRunner = flow_runner) -> Standing:
+    """Return how things stand now, by a few small queries. Paused templates are left out."""
+    service = runner.service
+    now = service.repository.now()
+    oldest = oldest_due_at(now, service.paused_templates(), runner)
+    workers = WorkerProcess.objects.using(service.repository.using)
+    return Standing(
+        oldest_due_seconds=None if oldest is None else (now - oldest).total_seconds(),
+        workers=workers.filter(seen_at__gte=now - ALIVE).count(),
+    )
+
+
+def oldest_due_at(
+    now: datetime, paused: Iterable[str], runner: FlowRunner = flow_runner
+) -> datetime | None:
+    """Return since when the oldest flow is due that is of no paused template.
+
+    Due flows lie in an index by rank, and its ranks are few: one look-up for each.
+    """
+    found: list[datetime] = []
+    for status in WAITING:
+        waiting = runner.service.repository.flows.filter(status=status, run_at__lte=now)
+        waiting = waiting.exclude(template_name__in=list(paused))
+        rows = waiting.order_by("ready_rank", "run_at").values_list("ready_rank", "run_at")
+        unseen = waiting.filter(ready_rank=None).order_by("run_at")
+        found += unseen.values_list("run_at", flat=True)[:1]
+        row = rows.filter(ready_rank__isnull=False).first()
+        while row is not None:
+            found.append(row[1])
+            row = rows.filter(ready_rank__gt=row[0]).first()
+    return min(found, default=None)
+
+
+def health(request: HttpRequest) -> JsonResponse:
+    """Answer a probe: 200 when all is well, else 503, with a JSON object that says why.
+
+    All is well when the database answers, and a worker is alive or nothing has been due for a
+    minute. It tells figures only, so it needs no login.
+    """
+    try:
+        now = standing()
+    except (DatabaseError, InterfaceError):
+        return JsonResponse({"status": "the database does not answer"}, status=503)
+    status = "ok" if now.is_well else "flows are due and no worker is alive"
+    return JsonResponse({"status": status, **asdict(now)}, status=200 if now.is_well else 503)
+
+
+class FlowCollector:
+    """Gives Prometheus the figures of the flows when it asks; for `REGISTRY.register`.
+
+    Needs the extra `prometheus`. Each figure is one of the whole installation, so have one process
+    asked, not each of them.
+    """
+
+    def __init__(self, runner: FlowRunner = flow_runner) -> None:
+        self._runner = runner
+
+    def describe(self) -> Iterable[GaugeMetricFamily]:
+        """Return nothing, so that registering asks the database nothing."""
+        return ()
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """Yield the figures as they are now."""
+        from prometheus_client.core import GaugeMetricFamily
+
+        counts = GaugeMetricFamily(
+            "ebbs_and_flows_flows",
+            f"Flows that are not over or failed, counted up to {MAX_COUNTED}.",
+            labels=["template", "status"],
+        )
+        durations = GaugeMetricFamily(
+            "ebbs_and_flows_duration_seconds",
+            f"How long the last {LAST_RUNS} flows that succeeded took.",
+            labels=["template", "quantile"],
+        )
+        flows = self._runner.service.repository.flows
+        for name in sorted(self._runner.templates):
+            of_template = flows.filter(template_name=name).order_by("-pk")
+            for status in ("SCHEDULED", "RESCHEDULED", "RUNNING", "FAILED"):
+                number = of_template.filter(status=status)[:MAX_COUNTED].count()
+                counts.add_metric([name, status.lower()], number)
+            took = sorted(
+                (finished - started).total_seconds()
+                for started, finished in of_template.filter(status="SUCCEEDED").values_list(
+                    "started_at", "finished_at"
+                )[:LAST_RUNS]
+                if started and finished
+            )
+            for quantile in (0.5, 0.95) if took else ():
+                durations.add_metric([name, str(quantile)], took[int(quantile * len(took))])
+        yield counts
+        yield durations
+        now = standing(self._runner)
+        yield GaugeMetricFamily(
+            "ebbs_and_flows_oldest_due_seconds",
+            "For how long the flow that is due for the longest has been so.",
+            value=now.oldest_due_seconds or 0,
+        )
+        yield GaugeMetricFamily(
+            "ebbs_and_flows_workers", "Workers seen within a minute.", value=now.workers
+        )
