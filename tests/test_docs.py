@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -129,11 +130,17 @@ class Project:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            start_new_session=True,
         ) as server:
-            time.sleep(3)
-            up = server.poll() is None
-            server.send_signal(signal.SIGINT if "runserver" in command else signal.SIGTERM)
-            said, _ = server.communicate(timeout=60)
+            try:
+                time.sleep(3)
+                up = server.poll() is None
+                server.terminate()
+                said, _ = server.communicate(timeout=60)
+            finally:
+                # What it has started itself, too, such as runserver's reloader.
+                with suppress(ProcessLookupError):
+                    os.killpg(server.pid, signal.SIGKILL)
         assert up, said
 
     def python(self, page: str, code: str) -> None:
