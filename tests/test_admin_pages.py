@@ -259,6 +259,7 @@ def test_a_templates_page_says_its_rules_in_words(admin_client: Client) -> None:
         tasks=[first, slow],
         max_running=3,
         deadline=7200,
+        keep_days=90,
         cron="0 6 * * *",
     )
     flow_runner._recurrences.pop("ruled", None)
@@ -276,6 +277,7 @@ def test_a_templates_page_says_its_rules_in_words(admin_client: Client) -> None:
         "In one transaction with its record.",
         "At most 3 flows of it run at once.",
         "not over 2 hours after its moment",
+        "is deleted after 90 days.",
         "<code>0 6 * * *</code>",
         "/admin/django_q/schedule/",
         "None of its runs is over yet.",

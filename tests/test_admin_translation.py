@@ -67,7 +67,7 @@ def marked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("marked")
 def test_every_text_goes_through_the_translators(admin_client: Client) -> None:
-    with registered(billing(max_running=2, deadline=60)):
+    with registered(billing(max_running=2, deadline=60, keep_days=9)):
         succeeded()
         flow = failed("x")
         flow_runner.schedule_flow("billing")

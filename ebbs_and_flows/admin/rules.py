@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from django.utils.translation import gettext as _
 from django.utils.translation import ngettext
 
+from ..conf import get_settings
 from ..flows import FlowTemplate, Retry, Task
 from .pieces import in_words
 
@@ -79,5 +80,11 @@ def template_rules(template: FlowTemplate) -> list[str]:
         rules.append(
             _("A flow fails by itself when it is not over %(time)s after its moment.")
             % {"time": in_words(template.deadline)}
+        )
+    days = get_settings().KEEP_DAYS if template.keep_days is None else template.keep_days
+    if days:
+        rules.append(
+            _("A flow that succeeded or was cancelled is deleted after %(days)s days.")
+            % {"days": f"{days:g}"}
         )
     return rules
