@@ -163,6 +163,9 @@ class Project:
             if command.endswith("createsuperuser"):
                 self.environment["DJANGO_SUPERUSER_PASSWORD"] = "x"
                 command += " --noinput --username ops --email ops@example.com"
+            if command.endswith("runserver"):
+                # Any port, as somebody may have the usual one.
+                command += " 0"
             if any(server in command for server in SERVERS):
                 self.serve(command)
                 continue
