@@ -273,6 +273,25 @@ class FlowRunner:
         return rescheduled
 
     @_in_transaction
+    def reschedule_flow_executions(
+        self,
+        pks: Iterable[int],
+        *,
+        priority: int | None = None,
+        actor: str = "",
+        reason: str = "",
+    ) -> list[int]:
+        """FAILED -> RESCHEDULED for many flows, by a few statements in one transaction.
+
+        Takes primary keys, some hundreds at a time. Returns those of the flows that were
+        rescheduled: one that has not failed is left alone.
+        """
+        done = self.service.reschedule_all(pks, priority=priority, actor=actor, reason=reason)
+        for _ in done[:MOST_WAKE_UPS]:
+            get_engine().dispatch(self.service.repository.using)
+        return done
+
+    @_in_transaction
     def fork_flow_execution(
         self,
         flow: FlowOrPk,
@@ -330,6 +349,17 @@ class FlowRunner:
         Returns the flow; raises `IllegalTransition` for one that is over.
         """
         return self.service.cancel(flow, actor=actor, reason=reason)
+
+    @_in_transaction
+    def cancel_flow_executions(
+        self, pks: Iterable[int], *, actor: str = "", reason: str = ""
+    ) -> list[int]:
+        """Cancel many flows, by a few statements in one transaction.
+
+        Takes primary keys, some hundreds at a time. Returns those of the flows that are, or after
+        their task in progress will be, cancelled: one that is over is left alone.
+        """
+        return self.service.cancel_all(pks, actor=actor, reason=reason)
 
     # Running
 

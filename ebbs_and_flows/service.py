@@ -8,6 +8,7 @@ from typing import Any
 
 from django.db import IntegrityError
 
+from .bulk import BulkService
 from .context import ExecutionContext
 from .drafts import NewFlow, encode
 from .exceptions import (
@@ -22,7 +23,7 @@ from .models import FlowExecution, FlowTemplateState, TaskExecution
 from .repository import DatabaseNow
 from .signals import announce_status, announce_task
 from .status import ALLOWED_TRANSITIONS, FINISHED, WAITING, FlowStatus, TaskStatus
-from .steps import CLAIMABLE, StepService, transition
+from .steps import CLAIMABLE, transition
 from .validation import check_priority, check_reason, check_run_at, check_text, storable_text
 
 FlowOrPk = FlowExecution | int
@@ -48,7 +49,7 @@ def check_transition(flow: FlowExecution, to_status: FlowStatus) -> None:
         )
 
 
-class FlowService(StepService):
+class FlowService(BulkService):
     """Keeps flows, attempts, entries and transitions consistent, over a `FlowRepository`."""
 
     # Reading

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 from django.contrib import admin, messages
@@ -14,15 +13,40 @@ from django.http import HttpRequest
 from django.utils.translation import gettext_lazy as _
 from django.utils.translation import ngettext, ngettext_lazy
 
-from ..exceptions import EbbsAndFlowsError, FlowExecutionNotFound, IllegalTransition
+from ..exceptions import EbbsAndFlowsError, FlowExecutionNotFound
 from ..models import FlowExecution
 from ..runner import flow_runner
 from ..status import ALLOWED_TRANSITIONS, FINISHED, FlowStatus
 from ..validation import MAX_PRIORITY
-from .pages import actor, log, may
+from .pages import actor, log_all, may
 
 _BATCH = 500
 _SHOWN_ERRORS = 5
+
+
+Acted = tuple[list[FlowExecution], list[str]]
+
+
+def _all_at_once(change: Callable[..., list[int]], **options: Any) -> Callable[..., Acted]:
+    def act(flows: list[FlowExecution], by: str) -> Acted:
+        done = set(change([flow.pk for flow in flows], actor=by, **options))
+        return [flow for flow in flows if flow.pk in done], []
+
+    return act
+
+
+def _fork_each(flows: list[FlowExecution], by: str) -> Acted:
+    done, errors = [], []
+    for flow in flows:
+        try:
+            flow_runner.fork_flow_execution(flow, actor=by)
+            done.append(flow)
+        except FlowExecutionNotFound:
+            # Deleted since it was read.
+            continue
+        except EbbsAndFlowsError as error:
+            errors.append(str(error))
+    return done, errors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +57,9 @@ class FlowAction:
     label: Any
     permission: str
     statuses: frozenset[FlowStatus]
-    act: Callable[[FlowExecution, str], Any]
+    # Takes flows in a legal status and who acts; returns those that were changed, and what went
+    # wrong with others.
+    act: Callable[[list[FlowExecution], str], Acted]
     done: Any
     left: Any
     is_destructive: bool = False
@@ -49,7 +75,7 @@ FLOW_ACTIONS = (
         label=_("Reschedule"),
         permission="reschedule_flowexecution",
         statuses=frozenset({FlowStatus.FAILED}),
-        act=lambda flow, actor: flow_runner.reschedule_flow_execution(flow, actor=actor),
+        act=_all_at_once(flow_runner.reschedule_flow_executions),
         done=ngettext_lazy("%d flow rescheduled.", "%d flows rescheduled."),
         left=ngettext_lazy(
             "%d left alone: it has not failed.", "%d left alone: they have not failed."
@@ -60,9 +86,7 @@ FLOW_ACTIONS = (
         label=_("Rerun now"),
         permission="rerun_flowexecution",
         statuses=frozenset({FlowStatus.FAILED}),
-        act=lambda flow, actor: flow_runner.reschedule_flow_execution(
-            flow, priority=MAX_PRIORITY, actor=actor
-        ),
+        act=_all_at_once(flow_runner.reschedule_flow_executions, priority=MAX_PRIORITY),
         done=ngettext_lazy("%d flow will run next.", "%d flows will run next."),
         left=ngettext_lazy(
             "%d left alone: it has not failed.", "%d left alone: they have not failed."
@@ -73,7 +97,7 @@ FLOW_ACTIONS = (
         label=_("Rerun from the start"),
         permission="rerun_flowexecution",
         statuses=frozenset(FINISHED),
-        act=lambda flow, actor: flow_runner.fork_flow_execution(flow, actor=actor),
+        act=_fork_each,
         done=ngettext_lazy(
             "%d new flow scheduled from the start.", "%d new flows scheduled from the start."
         ),
@@ -88,7 +112,7 @@ FLOW_ACTIONS = (
         statuses=frozenset(
             status for status, to in ALLOWED_TRANSITIONS.items() if FlowStatus.CANCELLED in to
         ),
-        act=lambda flow, actor: flow_runner.cancel_flow_execution(flow, actor=actor),
+        act=_all_at_once(flow_runner.cancel_flow_executions),
         done=ngettext_lazy(
             "%d flow cancelled, after its task in progress if it was running.",
             "%d flows cancelled, after the task in progress where one was running.",
@@ -102,31 +126,27 @@ FLOW_ACTIONS = (
 
 
 def apply(action: FlowAction, request: HttpRequest, flows: QuerySet[FlowExecution]) -> None:
-    """Do it to each flow where that is legal, each in a transaction of its own; say what came out.
+    """Do it to each flow where that is legal; say what came out.
 
-    The flows are read in batches, so that memory does not grow with their number.
+    The flows are read and changed in batches, so that memory does not grow with their number.
     """
     by = actor(request)
     done = left = more = 0
     errors: set[str] = set()
-    for flow in chain.from_iterable(in_batches(flows)):
-        if flow.status not in action.statuses:
-            left += 1
-            continue
-        try:
-            action.act(flow, by)
-        except (IllegalTransition, FlowExecutionNotFound):
-            # Changed since it was read.
-            left += 1
-        except EbbsAndFlowsError as error:
+    for batch in in_batches(flows):
+        legal = [flow for flow in batch if flow.status in action.statuses]
+        changed, problems = action.act(legal, by) if legal else ([], [])
+        if changed:
+            log_all(request, changed, CHANGE, str(action.label))
+        done += len(changed)
+        # Also what has changed since it was read.
+        left += len(batch) - len(changed) - len(problems)
+        for problem in problems:
             # Each may name its flow, so that they are not all kept.
             if len(errors) < _SHOWN_ERRORS:
-                errors.add(str(error))
+                errors.add(problem)
             else:
-                more += str(error) not in errors
-        else:
-            done += 1
-            log(request, flow, CHANGE, str(action.label))
+                more += problem not in errors
     if done:
         messages.success(request, action.done % done)
     if left:

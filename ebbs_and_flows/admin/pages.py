@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from django.contrib import admin, messages
@@ -40,13 +41,17 @@ def actor(request: HttpRequest) -> str:
 
 def log(request: HttpRequest, row: Model, flag: int, message: str) -> None:
     """Write what was done to Django's admin log."""
+    log_all(request, [row], flag, message)
+
+
+def log_all(request: HttpRequest, rows: Sequence[Model], flag: int, message: str) -> None:
+    """Write what was done to several rows to Django's admin log."""
     user: Any = request.user
     LogEntry.objects.log_actions(
         user_id=user.pk,
-        queryset=[row],
+        queryset=rows,
         action_flag=flag,
         change_message=message,
-        single_object=True,
     )
 
 

@@ -53,6 +53,10 @@ class FlowRepository(ClaimRepository):
             for transition in path:
                 transition.flow_execution_id = flow.pk
             transitions += path
+        self.insert_all_transitions(transitions)
+
+    def insert_all_transitions(self, transitions: Sequence[FlowTransition]) -> None:
+        """Store transitions of several flows, each with its flow and its time."""
         FlowTransition.objects.using(self.using).bulk_create(transitions, batch_size=BATCH)
 
     def insert_transitions(self, flow_id: int, transitions: Sequence[FlowTransition]) -> None:

@@ -10,7 +10,6 @@ from django.core.management import BaseCommand, CommandError
 from django.db import transaction
 from django.db.models import QuerySet
 
-from ...exceptions import FlowExecutionNotFound, IllegalTransition
 from ...models import FlowExecution
 from ...runner import flow_runner
 from ...status import FlowStatus
@@ -113,12 +112,10 @@ class Command(BaseCommand):
 
     def _reschedule(self, flows: QuerySet[FlowExecution]) -> None:
         done = left = 0
-        for flow in _in_batches(flows):
-            try:
-                flow_runner.reschedule_flow_execution(flow, actor=actor("rerunflow"))
-                done += 1
-            except (IllegalTransition, FlowExecutionNotFound):
-                left += 1
+        for batch in _in_batches(flows):
+            changed = flow_runner.reschedule_flow_executions(batch, actor=actor("rerunflow"))
+            done += len(changed)
+            left += len(batch) - len(changed)
         rest = f" {left} left alone: changed meanwhile." if left else ""
         self.stdout.write(f"{_flows(done, 'was' if done == 1 else 'were')} rescheduled.{rest}")
 
@@ -135,12 +132,14 @@ class Command(BaseCommand):
 _RUN_AGAIN = frozenset({FlowStatus.SUCCEEDED, FlowStatus.CANCELLED})
 
 
-def _in_batches(flows: QuerySet[FlowExecution]) -> Iterator[FlowExecution]:
-    """Yield the flows so that memory does not grow with their number."""
+def _in_batches(flows: QuerySet[FlowExecution]) -> Iterator[list[int]]:
+    """Yield the flows' ids in short lists, so that memory does not grow with their number."""
     last = 0
-    while batch := list(flows.filter(pk__gt=last).order_by("pk")[:_BATCH]):
-        yield from batch
-        last = batch[-1].pk
+    while batch := list(
+        flows.filter(pk__gt=last).order_by("pk").values_list("pk", flat=True)[:_BATCH]
+    ):
+        yield batch
+        last = batch[-1]
 
 
 def _task(flow: FlowExecution, text: str) -> int | str:

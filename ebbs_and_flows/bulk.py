@@ -1,0 +1,86 @@
+"""Changes of many flows at once, by a few statements. A part of `FlowService`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from django.db.models import F, OuterRef, Subquery
+from django.db.models.functions import Coalesce
+
+from .models import FlowExecution
+from .repository import DatabaseNow
+from .signals import announce_status
+from .status import ALLOWED_TRANSITIONS, FlowStatus
+from .steps import StepService, transition
+from .validation import check_priority, check_reason, check_text
+
+
+class BulkService(StepService):
+    """Does to many flows what is legal for each, in the caller's transaction.
+
+    Each method returns the primary keys of the flows that it changed: one that may not be changed
+    so is left alone.
+    """
+
+    def reschedule_all(
+        self, pks: Iterable[int], *, priority: int | None = None, actor: str = "", reason: str = ""
+    ) -> list[int]:
+        """FAILED -> RESCHEDULED for each, as `reschedule` does it."""
+        actor, reason = check_text("actor", actor), check_reason(reason)
+        flows = self._locked_all(pks, FlowStatus.RESCHEDULED)
+        attempts = self.repository.attempts.filter(
+            flow_execution=OuterRef("pk"), task_index=OuterRef("current_task_index")
+        )
+        last = attempts.order_by("-attempt").values("attempt")[:1]
+        values: dict[str, Any] = {"ready_rank": -F("priority")}
+        if priority is not None:
+            values = {"priority": check_priority(priority), "ready_rank": -priority}
+        self.repository.flows.filter(pk__in=list(flows)).update(
+            status=FlowStatus.RESCHEDULED,
+            run_at=DatabaseNow(),
+            finished_at=None,
+            deadline_at=None,
+            forgiven_attempts=Coalesce(Subquery(last), 0),
+            interruptions=0,
+            **values,
+        )
+        self._record_all(flows, FlowStatus.RESCHEDULED, actor, reason)
+        return list(flows)
+
+    def cancel_all(self, pks: Iterable[int], *, actor: str = "", reason: str = "") -> list[int]:
+        """Cancel each, as `cancel` does it: after its task in progress where a worker holds it."""
+        actor, reason = check_text("actor", actor), check_reason(reason)
+        flows = self._locked_all(pks, FlowStatus.CANCELLED)
+        held = [pk for pk, flow in flows.items() if flow.lease_expires_at is not None]
+        self.repository.flows.filter(pk__in=held, cancel_requested=False).update(
+            cancel_requested=True, cancel_requested_by=actor, cancel_reason=reason
+        )
+        free = {pk: flow for pk, flow in flows.items() if flow.lease_expires_at is None}
+        self.repository.flows.filter(pk__in=list(free)).update(
+            status=FlowStatus.CANCELLED, finished_at=DatabaseNow(), ready_rank=None
+        )
+        self._record_all(free, FlowStatus.CANCELLED, actor, reason)
+        return list(flows)
+
+    def _locked_all(self, pks: Iterable[int], to_status: FlowStatus) -> dict[int, FlowExecution]:
+        """Return those of the flows that may go to the status, locked, by primary key."""
+        may = [status for status, to in ALLOWED_TRANSITIONS.items() if to_status in to]
+        flows = self.repository.flows.filter(pk__in=list(pks), status__in=may)
+        # In one order, so that two who change the same flows do not lock each other out.
+        return {flow.pk: flow for flow in flows.order_by("pk").select_for_update()}
+
+    def _record_all(
+        self,
+        flows: Mapping[int, FlowExecution],
+        to_status: FlowStatus,
+        actor: str,
+        reason: str,
+    ) -> None:
+        now, records = self.repository.now(), []
+        for pk, flow in flows.items():
+            record = transition(flow.status, to_status, actor=actor, reason=reason)
+            record.flow_execution_id, record.at = pk, now
+            records.append(record)
+            announce_status(self.repository.using, pk, flow.status, to_status, actor, reason)
+        self.repository.insert_all_transitions(records)
