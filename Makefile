@@ -4,9 +4,9 @@ BIN := $(VENV)/bin
 
 .PHONY: demo demo-once test chaos chaos-short bench bench-quick bench-background versions lint format docs package clean
 
-# Real data through real flows on SQLite, then the admin until Ctrl-C.
+# Real data through real flows on SQLite, then the admin until Ctrl-C; PORT=8001 is for another port.
 demo: $(VENV)/demo.stamp
-	$(BIN)/python manage.py demo
+	$(BIN)/python manage.py demo $(if $(PORT),--port $(PORT))
 
 # The same for scripts: ends after the runs.
 demo-once: $(VENV)/demo.stamp

@@ -197,6 +197,12 @@ class ExecutionContext(Mapping[str, Any]):
             )
         self._added[name] = value
 
+    def __setitem__(self, name: str, value: Any) -> None:
+        raise FrozenContext(
+            f"A context takes no assignment: return context.with_entries({name}=…), or add to a"
+            f" context of your own with add({name!r}, …)."
+        )
+
     def copy(self) -> Self:
         """Return a context with the same entries and attributes that can be added to."""
         return self.__copy__()

@@ -241,8 +241,8 @@ class FlowService(BulkService):
             )
         if index > source.current_task_index:
             raise TaskNotFound(
-                f"Flow {source.pk} has not reached task {from_task!r}: fork it from task"
-                f" {source.current_task_index} or an earlier one."
+                f"Flow {source.pk} has not reached task {from_task!r}: start at task"
+                f" {template.tasks[source.current_task_index].name!r} or an earlier one."
             )
         self.check_drift(template, source.task_names[:index], source.pk)
         stored = self.repository.stored_entries_before(source.pk, index)

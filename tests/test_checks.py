@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -175,3 +176,13 @@ def test_a_template_without_tasks_is_an_error(settings: Any) -> None:
 def test_an_engine_that_is_not_there_is_an_error(settings: Any) -> None:
     settings.EBBS_AND_FLOWS = {"ENGINE": "no.such.Engine"}
     assert "ebbs_and_flows.E004" in {message.id for message in run_checks()}
+
+
+def test_a_redis_broker_without_its_package_is_warned_about(
+    settings: Any, database: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue = {"timeout": 60, "retry": 120, "redis": "redis://127.0.0.1"}
+    assert warned(settings, queue) == set()
+    # As where it is not installed.
+    monkeypatch.setitem(sys.modules, "redis", None)
+    assert warned(settings, queue) == {"ebbs_and_flows.W011"}

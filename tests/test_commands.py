@@ -164,6 +164,25 @@ def test_rerunflow_failed_takes_them_all_or_by_template_and_time(folder: str) ->
     assert "1 flow was rescheduled" in run("rerunflow", "--failed")
 
 
+def test_rerunflow_failed_leaves_alone_what_a_rerun_made_good(folder: str) -> None:
+    run("scheduleflow", "shop-fails")
+    run("scheduleflow", "shop-fails")
+    run("runflows", code=1)
+    first, second = FlowExecution.objects.order_by("pk")
+    fork = flow_runner.fork_flow_execution(first)
+    FlowExecution.objects.filter(pk=fork.pk).update(status=FlowStatus.SUCCEEDED, ready_rank=None)
+    assert "1 flow was rescheduled" in run("rerunflow", "--failed")
+    second.refresh_from_db()
+    assert second.status == FlowStatus.RESCHEDULED
+
+
+def test_runflows_says_what_a_pause_holds_back(folder: str) -> None:
+    run("scheduleflow", "shop-quick", "--entry", folder)
+    flow_runner.pause_flow_template("shop-quick")
+    assert "1 flow waits because the template shop-quick is paused." in run("runflows")
+    assert "paused" not in run("runflows", "--template", "shop-fails")
+
+
 def test_pruneflows_leaves_what_failed_unless_asked(folder: str) -> None:
     run("scheduleflow", "shop-fails")
     run("scheduleflow", "shop-quick", "--entry", folder)

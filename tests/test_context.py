@@ -319,3 +319,10 @@ def test_a_reference_to_a_deleted_object_passes_through() -> None:
     assert returned.encode_new_entries(stored, max_bytes=MAX_BYTES) == {"b": "1"}
     with pytest.raises(ReferencedObjectGone, match="The entry 'group' cannot be read"):
         returned["group"]
+
+
+def test_an_assignment_is_refused_with_what_to_do_instead() -> None:
+    context = ExecutionContext({"a": 1})
+    with pytest.raises(FrozenContext, match=r"with_entries\(b=…\)"):
+        context["b"] = 2
+    assert dict(context) == {"a": 1}

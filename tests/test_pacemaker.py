@@ -119,7 +119,7 @@ def test_flows_that_nobody_here_knows_wake_nobody(due: FlowExecution) -> None:
 
 
 def test_a_backlog_that_waits_for_an_hour_makes_no_storm_of_messages(runner: FlowRunner) -> None:
-    """20,000 flows, half of them from a moment on."""
+    """20,000 flows, some of them from a moment on."""
     runner.register_flow_template(template())
     flow = runner.schedule_flow("t")
     FlowExecution.objects.bulk_create(
@@ -130,18 +130,18 @@ def test_a_backlog_that_waits_for_an_hour_makes_no_storm_of_messages(runner: Flo
             run_at=flow.run_at,
             created_at=flow.run_at,
             # Those without a rank were scheduled for later, and have had no message.
-            ready_rank=flow.ready_rank if number % 2 else None,
+            ready_rank=flow.ready_rank if number >= 1000 else None,
         )
         for number in range(19_999)
     )
-    # In one transaction, a server keeps every state that the beat's row ever had.
-    seconds = 3600 if connection.vendor == "sqlite" else 300
+    # Within one transaction, a server keeps, and scans, every state that a row ever had.
+    seconds = 3600 if connection.vendor == "sqlite" else 60
     for _ in range(seconds):
         let_a_second_pass()
         runner.wake_worker()
-    # The others within a second find the beat taken.
-    for _ in range(3 * 10):
-        assert woken_by(runner) == 0
+    # The other pacemakers find the second's beat taken.
+    PacemakerBeat.objects.update(beat_at=timezone.now() + timedelta(seconds=60))
+    assert [woken_by(runner) for _ in range(20)] == [0] * 20
     # The first flow's own, those for the flows whose moment came, and one in each other second.
     assert OrmQ.objects.count() == 1 + MOST_WAKE_UPS + seconds - 1
 

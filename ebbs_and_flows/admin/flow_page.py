@@ -115,11 +115,18 @@ def _warnings(flow: FlowExecution) -> list[str]:
             )
             % {"name": repr(flow.template_name)}
         ]
+    warnings = []
+    paused = flow_service.paused_templates().get(flow.template_name)
+    if paused is not None and not flow.is_finished:
+        warnings.append(
+            _("%(name)s is paused: no flow of it starts until it is resumed.")
+            % {"name": repr(flow.template_name)}
+        )
     try:
         flow_service.check_drift(template, flow.task_names[: flow.current_task_index], flow.pk)
     except TemplateDrift as drift:
-        return [str(drift)]
-    return []
+        warnings.append(str(drift))
+    return warnings
 
 
 def _transitions(flow: FlowExecution) -> list[dict[str, Any]]:

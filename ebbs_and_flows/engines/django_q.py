@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
+from importlib.util import find_spec
 from multiprocessing.synchronize import Event
 from multiprocessing.util import Finalize
 from typing import Any
@@ -176,6 +177,16 @@ def _check_broker(queue: Mapping[str, Any], using: str) -> Iterator[CheckMessage
         )
     broker = queue.get("orm")
     if not broker:
+        # django-q2 takes Redis where nothing else is named.
+        is_redis = not any(queue.get(name) for name in ("sqs", "mongo", "iron_mq", "broker_class"))
+        if is_redis and find_spec("redis") is None:
+            yield Warning(
+                "Q_CLUSTER's broker is Redis, and the package 'redis' is not installed, so no"
+                " worker can be woken.",
+                hint="Install it with pip install 'ebbs-and-flows[redis]', or set"
+                f" Q_CLUSTER['orm'] to {using!r}.",
+                id="ebbs_and_flows.W011",
+            )
         return
     if broker != using:
         yield Warning(

@@ -8,7 +8,7 @@ from typing import Any
 
 from django.core.management import BaseCommand, CommandError
 from django.db import transaction
-from django.db.models import QuerySet
+from django.db.models import Exists, OuterRef, QuerySet
 
 from ...models import FlowExecution
 from ...runner import flow_runner
@@ -37,7 +37,11 @@ class Command(BaseCommand):
         parser.add_argument(
             "--entry", action="append", metavar="NAME=VALUE", help="A corrected entry; repeatable."
         )
-        parser.add_argument("--failed", action="store_true", help="All that failed.")
+        parser.add_argument(
+            "--failed",
+            action="store_true",
+            help="All that failed and have no rerun that succeeded.",
+        )
         parser.add_argument("--template", metavar="NAME", help="With --failed: only this one.")
         parser.add_argument(
             "--since", metavar="MOMENT", help="With --failed: failed since 2026-12-31, or 12h ago."
@@ -122,7 +126,14 @@ class Command(BaseCommand):
     @staticmethod
     def _failed(template: str | None, since: str | None) -> QuerySet[FlowExecution]:
         after = None if since is None else moment("--since", since, sign=-1)
-        flows = flow_runner.service.repository.flows.filter(status=FlowStatus.FAILED)
+        # What a fork has made good is not to be done a second time.
+        flows = flow_runner.service.repository.flows.filter(status=FlowStatus.FAILED).exclude(
+            Exists(
+                flow_runner.service.repository.flows.filter(
+                    rerun_of=OuterRef("pk"), status=FlowStatus.SUCCEEDED
+                )
+            )
+        )
         if template is not None:
             flow_runner.get_flow_template(template)
             flows = flows.filter(template_name=template)

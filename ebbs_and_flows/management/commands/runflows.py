@@ -184,8 +184,20 @@ class Command(BaseCommand):
         self.stdout.write(tally.sentence)
         if later:
             self.stdout.write(f"{later} {'waits' if later == 1 else 'wait'} for later.")
+        if later is not None:
+            self._tell_of_pauses(choice)
         if tally.failed:
             self.stdout.write("To continue what failed from the failed task: rerunflow --failed")
+
+    def _tell_of_pauses(self, choice: Choice) -> None:
+        """Say what is due and held back, which would look like nothing to do."""
+        service = flow_runner.service
+        for name in sorted(service.paused_templates()):
+            if choice.templates is None or name in choice.templates:
+                number = service.count_due([name])
+                if number:
+                    wait = "1 flow waits" if number == 1 else f"{number} flows wait"
+                    self.stdout.write(f"{wait} because the template {name} is paused.")
 
     @staticmethod
     def _count_waiting_for_later(choice: Choice) -> int:

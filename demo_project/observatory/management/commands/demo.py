@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import signal
+import sys
 import time
 from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Callable, Iterator, Sequence
@@ -73,7 +75,9 @@ class Command(BaseCommand):
                 self._say_what_to_do(flows)
                 self._serve(server)
         except KeyboardInterrupt:
-            self.console.print("\nStopped. 'python manage.py demo' goes on where it was left.")
+            self.console.print(
+                f"\nStopped. '{_python()} manage.py demo' goes on where it was left."
+            )
             if server is None:
                 raise SystemExit(130) from None
         finally:
@@ -163,10 +167,10 @@ class Command(BaseCommand):
                 f"Flow {flow.pk} has stopped at its task"
                 f" {flow.task_names[flow.current_task_index]!r}:\n  {problem}\n"
                 f"What succeeded before it is kept and does not run again. Mend the record:\n"
-                f"  python manage.py mend {MEND_AIRPORT} {MEND_FIELD} {MEND_VALUE}"
+                f"  {_python()} manage.py mend {MEND_AIRPORT} {MEND_FIELD} {MEND_VALUE}"
                 f' --reason "{MEND_REASON}"\n'
                 f"and continue the flow from the failed task:\n"
-                f"  python manage.py rerunflow {flow.pk}\n"
+                f"  {_python()} manage.py rerunflow {flow.pk}\n"
                 f"Or do both in the admin: add a correction, then reschedule the flow. The cluster"
                 f" that runs beside the site takes it up.",
                 soft_wrap=True,
@@ -279,7 +283,7 @@ def _server(port: int) -> ThreadedWSGIServer:
     except OSError as error:
         raise CommandError(
             f"The port {port} cannot be used ({os.strerror(error.errno or 0)}): give another one"
-            f" with --port."
+            f" with --port, or with make demo PORT=8001."
         ) from error
 
 
@@ -304,6 +308,11 @@ def _stopped(flows: Sequence[FlowExecution]) -> list[FlowExecution]:
 def _last_output(flow: FlowExecution) -> str:
     attempts = flow_runner.service.get_flow_task_execution_history(flow)
     return attempts[-1].output if attempts else ""
+
+
+def _python() -> str:
+    # Not resolved: the environment's own name leads to its packages.
+    return shlex.quote(_shown_path(Path(sys.executable)))
 
 
 def _shown_path(path: Path) -> str:
