@@ -141,19 +141,22 @@ class FlowExecution(models.Model):
                 name="%(app_label)s_flow_cancel",
             ),
         ]
+        # By fields, not expressions, which MariaDB has no indexes on.
         indexes: ClassVar = [
             # The claim: the best ready flow of one template.
-            models.Index("template_name", "ready_rank", "run_at", "id", name="ebbs_flow_ready"),
+            models.Index(
+                fields=["template_name", "ready_rank", "run_at", "id"], name="ebbs_flow_ready"
+            ),
             # What waits for its moment, and what workers hold. The lease is in no index, so that
             # renewing it, which every step does, touches none.
-            models.Index("status", "ready_rank", "run_at", name="ebbs_flow_status"),
+            models.Index(fields=["status", "ready_rank", "run_at"], name="ebbs_flow_status"),
             # The admin's lists by template, by status and by both, newest first.
-            models.Index("template_name", F("id").desc(), name="ebbs_flow_template"),
-            models.Index("status", F("id").desc(), name="ebbs_flow_newest"),
-            models.Index("template_name", "status", F("id").desc(), name="ebbs_flow_list"),
+            models.Index(fields=["template_name", "-id"], name="ebbs_flow_template"),
+            models.Index(fields=["status", "-id"], name="ebbs_flow_newest"),
+            models.Index(fields=["template_name", "status", "-id"], name="ebbs_flow_list"),
             # What is to be pruned, and how the last day went.
-            models.Index("status", "finished_at", name="ebbs_flow_finished"),
-            models.Index("key", name="ebbs_flow_key"),
+            models.Index(fields=["status", "finished_at"], name="ebbs_flow_finished"),
+            models.Index(fields=["key"], name="ebbs_flow_key"),
         ]
 
     def __str__(self) -> str:
@@ -300,7 +303,7 @@ class WorkerProcess(models.Model):
         verbose_name = _("worker")
         verbose_name_plural = _("workers")
         default_permissions = ("view",)
-        indexes: ClassVar = [models.Index("seen_at", name="ebbs_worker_seen")]
+        indexes: ClassVar = [models.Index(fields=["seen_at"], name="ebbs_worker_seen")]
 
     def __str__(self) -> str:
         return str(self.name)
