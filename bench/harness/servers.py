@@ -91,16 +91,7 @@ def describe() -> list[str]:
         f"SQLite {sqlite3.sqlite_version}: ours with journal_mode=WAL, synchronous=NORMAL;"
         f" each peer with its own default"
     )
-    try:
-        import redis
-
-        with redis.from_url(REDIS_URL) as connection:
-            version = connection.info("server")["redis_version"]
-            save = connection.config_get("save")["save"] or "none"
-            aof = connection.config_get("appendonly")["appendonly"]
-        lines.append(f"Redis {version}: appendonly={aof}, snapshots: {save}")
-    except (ImportError, OSError) as error:
-        lines.append(f"Redis: none ({error})")
+    lines.append(f"Redis {_describe_redis()}")
     return lines
 
 
@@ -110,3 +101,18 @@ def commit() -> str:
         ["git", "describe", "--always", "--dirty"], check=False, capture_output=True, text=True
     )
     return ran.stdout.strip() or "unknown"
+
+
+def _describe_redis() -> str:
+    try:
+        import redis
+    except ImportError as error:
+        return f"none ({error})"
+    try:
+        with redis.from_url(REDIS_URL) as connection:
+            version = connection.info("server")["redis_version"]
+            save = connection.config_get("save")["save"] or "none"
+            aof = connection.config_get("appendonly")["appendonly"]
+    except redis.RedisError as error:
+        return f"none ({error})"
+    return f"{version}: appendonly={aof}, snapshots: {save}"
