@@ -153,15 +153,7 @@ class StepRepository(Database):
         log: str,
     ) -> int | None:
         # As few parameters as will do: each costs the driver as much as a row costs the database.
-        parameters: list[Any] = []
-        if next_task is None:
-            values = "status = 'SUCCEEDED', finished_at = STATEMENT_TIMESTAMP(),"
-            values += " lease_expires_at = NULL"
-        elif lease is None:
-            values, _ = _next_state(cursor, next_task, lease)
-        else:
-            values = "lease_expires_at = STATEMENT_TIMESTAMP() + %s * interval '1 second'"
-            parameters.append(lease.total_seconds())
+        values, parameters = _next_state(cursor, next_task, lease)
         parameters += [*_fence(run), log, run.task_execution_id]
         written = follows = ""
         if entries:
