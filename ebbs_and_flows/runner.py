@@ -390,6 +390,8 @@ class FlowRunner:
             run = self.service.claim_flow(wanted, template, worker_name())
             if run is not None:
                 self._run(run, Worker(self.service))
+                if run.ended is not None:
+                    return run.ended
         return self.service.get_flow_execution(wanted)
 
     def run_next(
@@ -412,12 +414,15 @@ class FlowRunner:
         wanted = CLAIMABLE if statuses is None else statuses
         chosen = self._chosen(templates)
         for pause in _CLAIM_PAUSES:
-            if not self._look(wanted, chosen):
-                return None
-            run = self.service.claim(chosen.values(), worker_name(), wanted)
+            run, due = self.service.look_and_claim(chosen.values(), worker_name(), wanted)
             if run is not None:
                 self._run(run, Worker(self.service, stop=stop, on_task=on_task))
-                return self.service.get_flow_execution(run.flow)
+                return run.ended or self.service.get_flow_execution(run.flow)
+            if not due:
+                return None
+            if due.comes_first:
+                self._keep_house(due)
+                continue
             # Others were faster with all that was seen, or it may not be claimed.
             if not self.service.can_claim(chosen.values(), wanted):
                 return None
@@ -440,7 +445,7 @@ class FlowRunner:
         """Take back what lost its worker; rank what has become due and return how many did."""
         if due.expired:
             self.service.recover_expired()
-        return self.service.repository.rank_due() if due.unranked else 0
+        return self.service.repository.rank_due() if due.comes_first else 0
 
     def has_work(self) -> bool:
         """Whether a flow of the registered templates could be claimed now."""

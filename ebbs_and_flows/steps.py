@@ -10,7 +10,7 @@ from .conf import get_settings
 from .exceptions import ClaimLost, DeadlineExceeded, EbbsAndFlowsError, TemplateDrift
 from .flows import FlowTemplate
 from .models import FlowExecution, FlowTransition, TaskExecution
-from .repository import ClaimedRun, DatabaseNow, FlowRepository
+from .repository import ClaimedRun, DatabaseNow, Due, FlowRepository
 from .signals import announce_status, announce_task
 from .status import WAITING, FlowStatus, TaskStatus
 from .validation import NAME_LENGTH
@@ -62,22 +62,39 @@ class StepService:
         statuses: Sequence[FlowStatus] = CLAIMABLE,
     ) -> ClaimedRun | None:
         """Take the best ready flow of the templates and start its attempt, in one transaction."""
+        return self.look_and_claim(templates, worker, statuses)[0]
+
+    def look_and_claim(
+        self,
+        templates: Iterable[FlowTemplate],
+        worker: str,
+        statuses: Sequence[FlowStatus] = CLAIMABLE,
+    ) -> tuple[ClaimedRun | None, Due]:
+        """Do the same if nothing else comes first; say what else is to be done.
+
+        That a flow is ready says nothing of whether its template has reached its `max_running`.
+        """
         offered = {template.name: template for template in templates}
         limits = {
             name: template.max_running
             for name, template in offered.items()
             if template.max_running is not None
         }
+        names = {name: template.task_names for name, template in offered.items()}
+        if not limits:
+            run, due = self.repository.look_and_claim(statuses, names, worker, self._lease)
+            return self._announced(run), due
+        due = self.repository.look(statuses, names)
+        if due.comes_first or not due.ready:
+            return None, due
 
         def take(free: set[str]) -> ClaimedRun | None:
-            names = {
-                name: template.task_names
-                for name, template in offered.items()
-                if name in free or name not in limits
+            open_names = {
+                name: tasks for name, tasks in names.items() if name in free or name not in limits
             }
-            return self.repository.claim_due(statuses, names, worker, self._lease)
+            return self.repository.claim_due(statuses, open_names, worker, self._lease)
 
-        return self._claim(limits, take)
+        return self._claim(limits, take), due
 
     def claim_flow(
         self, flow: FlowExecution, template: FlowTemplate, worker: str

@@ -66,8 +66,6 @@ def test_w10_takes_n_plus_one_transactions_and_four_statements_a_step(
             transactions[-1].append(sql)
         elif is_boundary(sql, "SELECT"):
             reads += 1
-        elif is_boundary(sql, "PREPARE"):
-            assert connection.vendor == "postgresql"
         else:
             # A statement that writes is a transaction of its own.
             transactions.append([sql])
@@ -75,8 +73,8 @@ def test_w10_takes_n_plus_one_transactions_and_four_statements_a_step(
     in_one = connection.vendor == "postgresql"
     assert max(len(step) for step in transactions[1:]) <= (1 if in_one else 4), transactions
     assert len(transactions[0]) <= (1 if in_one else 6)
-    # What is due, what has lost its worker, the entries, and the flow as it ended.
-    assert reads <= 3
+    # Beside them, what is due or has lost its worker, and the flow as it ended.
+    assert reads <= (0 if in_one else 2)
 
 
 @pytest.mark.django_db(transaction=True)
@@ -86,17 +84,24 @@ def test_a_step_reads_nothing_of_the_context_again(runner: FlowRunner) -> None:
     with CaptureQueriesContext(connection) as captured:
         runner.run_flow()
     table = ExecutionContextEntry._meta.db_table
-    reads = [sql for sql in statements(captured) if sql.startswith("SELECT") and table in sql]
+    reads = [sql for sql in statements(captured) if "FROM " + table in sql.replace('"', "")]
     assert len(reads) == 1
 
 
-@pytest.mark.django_db(transaction=True)
+@pytest.mark.django_db
 def test_looking_when_nothing_is_due_writes_nothing(runner: FlowRunner) -> None:
     ten_tasks(runner)
     with CaptureQueriesContext(connection) as captured:
         assert runner.run_flow() is None
-    assert len(captured) == 1
-    assert all(sql.startswith("SELECT") for sql in statements(captured))
+    made = [sql for sql in statements(captured) if not is_boundary(sql, "SAVEPOINT", "RELEASE")]
+    assert len(made) == 1
+    if connection.vendor == "postgresql":
+        with connection.cursor() as cursor:
+            # A transaction has a number of its own from its first write on.
+            cursor.execute("SELECT pg_current_xact_id_if_assigned()")
+            assert cursor.fetchone() == (None,)
+    else:
+        assert made[0].startswith("SELECT")
 
 
 @pytest.mark.django_db

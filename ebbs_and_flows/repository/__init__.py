@@ -100,9 +100,10 @@ class FlowRepository(ClaimRepository):
 
     def find(self, pk: int) -> FlowExecution | None:
         """Return a flow by its primary key."""
-        with self.connection.cursor() as cursor:
-            execute_prepared(cursor, f"SELECT {COLUMNS} FROM {FLOW} f WHERE f.id = %s", [pk])
-            return read_flow(cursor)[0]
+        connection = self.connection
+        sql = f"SELECT {COLUMNS} FROM {FLOW} f WHERE f.id = %s"
+        row = execute_prepared(connection, sql, [pk]).one()
+        return None if row is None else read_flow(connection, row)
 
     def lock(self, pk: int) -> FlowExecution | None:
         """Return a flow as it is now, locked until the transaction ends where that exists."""

@@ -18,6 +18,7 @@ from ..validation import MIN_PRIORITY
 from .database import (
     ATTEMPT,
     BATCH,
+    ENTRY,
     FLOW,
     STATE,
     TRANSITION,
@@ -27,7 +28,7 @@ from .database import (
     seconds_until_sql,
 )
 from .prepared import execute_prepared
-from .rows import COLUMNS, read_flow
+from .rows import COLUMNS, fetch, read_flow
 from .steps import (
     ClaimedRun,
     StepRepository,
@@ -51,10 +52,15 @@ class Due:
     ready: bool
     # The moment of some flow has come, and its rank does not say so yet.
     unranked: bool
-    # Some worker has given no sign of life for a whole lease.
+    # Some worker has given no sign of life for a whole lease, or has left a flow unranked.
     expired: bool
     # Seconds until the moment of the next flow comes; None if none comes in the time asked for.
     next_in: float | None = None
+
+    @property
+    def comes_first(self) -> bool:
+        """Whether there is something to be done before a flow can be claimed."""
+        return self.unranked or self.expired
 
     def __bool__(self) -> bool:
         return self.ready or self.unranked or self.expired
@@ -79,22 +85,10 @@ class ClaimRepository(StepRepository):
         names = sorted(template_names)
         connection = self.connection
         now, moment = now_sql(connection)
-        # Each in the order of its index, and one status at a time: asked whether there is any,
-        # databases prefer to scan for one.
-        waiting = (
-            f"(SELECT id FROM {FLOW} WHERE status = %s AND ready_rank IS NULL AND run_at <= {now}"
-            f" ORDER BY ready_rank, run_at LIMIT 1)"
-        )
-        lost = (
-            f"(SELECT id FROM {FLOW} WHERE status = 'RUNNING' AND ready_rank IS NULL"
-            f" AND (lease_expires_at < {now} OR lease_expires_at IS NULL)"
-            f" ORDER BY ready_rank, run_at LIMIT 1)"
-        )
+        waiting, lost, of_both = self._to_keep(connection)
         ready, parameters = self._best(statuses, names[:BATCH], 1)
-        for status in _texts(WAITING):
-            parameters += [status, *moment]
-        parameters += moment
-        asked = f"(SELECT id FROM ({ready}) AS r LIMIT 1), {waiting}, {waiting}, {lost}"
+        parameters += of_both
+        asked = f"(SELECT id FROM ({ready}) AS r LIMIT 1), {waiting}, {lost}"
         if ahead is not None:
             end, end_moment = now_sql(connection, ahead)
             asked += 2 * (
@@ -104,18 +98,35 @@ class ClaimRepository(StepRepository):
             )
             for status in _texts(WAITING):
                 parameters += [*moment, status, *moment, *end_moment]
-        with connection.cursor() as cursor:
-            execute_prepared(cursor, f"SELECT {asked}", parameters)
-            found = list(cursor.fetchone())
-            for start in range(BATCH, len(names), BATCH):
-                cursor.execute(*self._best(statuses, names[start : start + BATCH], 1))
-                found[0] = found[0] or cursor.fetchone()
+        found = list(execute_prepared(connection, f"SELECT {asked}", parameters).rows[0])
+        for start in range(BATCH, len(names), BATCH):
+            sql, of_batch = self._best(statuses, names[start : start + BATCH], 1)
+            best = execute_prepared(connection, sql, of_batch).rows
+            found[0] = found[0] or (best[0][0] if best else None)
         return Due(
             ready=found[0] is not None,
-            unranked=any(item is not None for item in found[1:4]),
-            expired=found[3] is not None,
-            next_in=min((float(item) for item in found[4:] if item is not None), default=None),
+            unranked=found[1] is not None,
+            expired=found[2] is not None,
+            next_in=min((float(item) for item in found[3:] if item is not None), default=None),
         )
+
+    @staticmethod
+    def _to_keep(connection: Any) -> tuple[str, str, list[Any]]:
+        """Return the SQL, and its parameters, of a flow to be ranked and of one that is lost."""
+        now, moment = now_sql(connection)
+        # Each in the order of its index, and one status at a time: asked whether there is any,
+        # databases prefer to scan for one.
+        waiting = ", ".join(
+            f"(SELECT id FROM {FLOW} WHERE status = '{status}' AND ready_rank IS NULL"
+            f" AND run_at <= {now} ORDER BY ready_rank, run_at LIMIT 1)"
+            for status in _texts(WAITING)
+        )
+        lost = (
+            f"(SELECT id FROM {FLOW} WHERE status = 'RUNNING' AND ready_rank IS NULL"
+            f" AND (lease_expires_at < {now} OR lease_expires_at IS NULL)"
+            f" ORDER BY ready_rank, run_at LIMIT 1)"
+        )
+        return f"COALESCE({waiting})", lost, moment * 3
 
     def _best(
         self, statuses: Sequence[FlowStatus], names: Sequence[str], limit: int
@@ -194,6 +205,24 @@ class ClaimRepository(StepRepository):
 
     # The claim
 
+    def look_and_claim(
+        self,
+        statuses: Sequence[FlowStatus],
+        templates: Mapping[str, Sequence[str]],
+        worker: str,
+        lease: timedelta,
+    ) -> tuple[ClaimedRun | None, Due]:
+        """Take the best ready flow, as `claim_due` does; say what else is to be done.
+
+        Nothing is taken as long as some flow is to be ranked or taken back: it may be the best.
+        """
+        if self.in_one_statement:
+            return self._claim_in_one(statuses, templates, worker, lease)
+        due = self.look(statuses, templates)
+        if due.comes_first or not due.ready:
+            return None, due
+        return self.claim_due(statuses, templates, worker, lease), due
+
     def claim_due(
         self,
         statuses: Sequence[FlowStatus],
@@ -209,13 +238,7 @@ class ClaimRepository(StepRepository):
         if not templates:
             return None
         if self.in_one_statement:
-            try:
-                with self.brief_transaction(one_statement=True) as cursor:
-                    return self._claim_in_one(cursor, statuses, templates, worker, lease)
-            except IntegrityError:
-                # A statement locks the flow as it is, and numbers the attempt by what it saw when
-                # it began: another worker was faster by a whole attempt in between.
-                return None
+            return self._claim_in_one(statuses, templates, worker, lease)[0]
         with self.brief_transaction() as cursor:
             for flow in self._candidates(cursor, statuses, templates):
                 run = self._claim(cursor, flow, templates[flow.template_name], worker, lease)
@@ -257,8 +280,7 @@ class ClaimRepository(StepRepository):
                 f" ORDER BY f.ready_rank, f.run_at, f.id LIMIT {limit}",
                 parameters,
             )
-            while (flow := read_flow(cursor)[0]) is not None:
-                found.append(flow)
+            found += [read_flow(cursor.db, row) for row in fetch(cursor).by_column()]
         return sorted(found, key=lambda flow: (-flow.priority, flow.run_at, flow.pk))
 
     def _claim(
@@ -287,7 +309,8 @@ class ClaimRepository(StepRepository):
         )
         if taken != 1:
             return None
-        run = _claimed(cursor, flow, flow.status, flow.claim + 1, worker)
+        stored = read_entries(cursor, flow.pk)
+        run = _claimed(flow, flow.status, flow.claim + 1, worker, stored)
         if run.claimed_from != FlowStatus.RUNNING:
             # RUNNING -> RUNNING is recorded by the attempts themselves.
             insert_transition(cursor, run, run.claimed_from, FlowStatus.RUNNING)
@@ -299,25 +322,28 @@ class ClaimRepository(StepRepository):
 
     def _claim_in_one(
         self,
-        cursor: Any,
         statuses: Sequence[FlowStatus],
         templates: Mapping[str, Sequence[str]],
         worker: str,
         lease: timedelta,
-    ) -> ClaimedRun | None:
+    ) -> tuple[ClaimedRun | None, Due]:
         """Take the best ready flow that no other worker has locked, in one statement.
 
         The templates are ranked by their best flow, one index range each, and locked rows are
         skipped within a template: no worker waits for another.
         """
+        connection = self.connection
+        waiting, lost, _ = self._to_keep(connection)
         ready, parameters = self._is_ready(statuses)
-        names = list(templates)
         best = f"FROM {FLOW} WHERE template_name = t.name AND {ready}"
         order = "ORDER BY ready_rank, run_at, id LIMIT 1"
         sql = f"""
-            WITH known AS (
+            WITH seen AS (
+                SELECT {waiting} IS NOT NULL AS unranked, {lost} IS NOT NULL AS expired
+            ), known AS (
                 SELECT * FROM unnest(%s::varchar[], %s::jsonb[]) AS t (name, tasks)
-                WHERE NOT EXISTS (SELECT 1 FROM {STATE} s
+                WHERE NOT (SELECT unranked OR expired FROM seen)
+                AND NOT EXISTS (SELECT 1 FROM {STATE} s
                     WHERE s.template_name = t.name AND s.paused_at IS NOT NULL)
             ), ranked AS (
                 SELECT t.* FROM known t CROSS JOIN LATERAL (
@@ -351,22 +377,43 @@ class ClaimRepository(StepRepository):
                     claim, 'RUNNING', STATEMENT_TIMESTAMP(), '', '', ''
                 FROM claimed WHERE task IS NOT NULL RETURNING id, attempt
             )
-            SELECT claimed.*, started.id AS attempt_id, started.attempt AS attempt
-            FROM claimed LEFT JOIN started ON TRUE"""
+            SELECT seen.*, EXISTS (SELECT 1 FROM ranked) AS ready, claimed.*,
+                started.id AS attempt_id, started.attempt AS attempt,
+                (SELECT f.claim + 1 = claimed.claim FROM {FLOW} f WHERE f.id = claimed.id)
+                    AS is_as_seen,
+                (SELECT json_agg(json_build_array(e.name, e.value) ORDER BY e.id)::text
+                    FROM {ENTRY} e WHERE e.flow_execution_id = claimed.id) AS entries
+            FROM seen LEFT JOIN claimed ON TRUE LEFT JOIN started ON TRUE"""
+        names = list(templates)
         tasks = [json.dumps(list(templates[name])) for name in names]
-        execute_prepared(cursor, sql, [names, tasks, *parameters, *parameters, worker, lease])
-        flow, more = read_flow(cursor)
-        if flow is None:
-            return None
-        run = _claimed(cursor, flow, more["claimed_from"], flow.claim, worker)
-        if more["attempt_id"] is not None:
-            run.task_name, run.attempt = more["task"], more["attempt"]
-            run.task_execution_id = more["attempt_id"]
-        return run
+        parameters = [names, tasks, *parameters, *parameters, worker, lease]
+        try:
+            with self.one_statement():
+                row = execute_prepared(connection, sql, parameters).one()
+        except IntegrityError:
+            # A statement locks the flow as it is, and numbers the attempt by what it saw when it
+            # began: another worker was faster by a whole attempt in between.
+            return None, Due(ready=True, unranked=False, expired=False)
+        assert row is not None  # noqa: S101 - for the type checker
+        due = Due(ready=row["ready"], unranked=row["unranked"], expired=row["expired"])
+        if row["id"] is None:
+            return None, due
+        flow = read_flow(connection, row)
+        # So it is with the entries, if another worker made a whole step in between.
+        stored = (
+            dict(json.loads(row["entries"] or "[]"))
+            if row["is_as_seen"]
+            else self.stored_entries(flow.pk)
+        )
+        run = _claimed(flow, row["claimed_from"], flow.claim, worker, stored)
+        if row["attempt_id"] is not None:
+            run.task_name, run.attempt = row["task"], row["attempt"]
+            run.task_execution_id = row["attempt_id"]
+        return run, due
 
 
 def _claimed(
-    cursor: Any, flow: FlowExecution, claimed_from: str, claim: int, worker: str
+    flow: FlowExecution, claimed_from: str, claim: int, worker: str, stored: dict[str, str]
 ) -> ClaimedRun:
     return ClaimedRun(
         flow=flow,
@@ -374,7 +421,7 @@ def _claimed(
         claim=claim,
         worker=worker,
         task_index=flow.current_task_index,
-        stored=read_entries(cursor, flow.pk),
+        stored=stored,
         forgiven_attempts=flow.forgiven_attempts,
         interruptions=flow.interruptions,
     )

@@ -9,8 +9,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 
 from django.db import (
-    DatabaseError,
-    InterfaceError,
+    Error,
     OperationalError,
     connections,
     models,
@@ -28,6 +27,7 @@ from ..models import (
     FlowTransition,
     TaskExecution,
 )
+from .direct import own_cursor
 
 T = TypeVar("T")
 
@@ -157,34 +157,41 @@ class Database:
         """The step that is under way, or a new one."""
         return nullcontext() if self._in_step else self.step()
 
+    def one_statement(self) -> AbstractContextManager[None]:
+        """What a durable statement is made within: it is a transaction by itself.
+
+        Within the step of an atomic task it is a part of that.
+        """
+        connection = self.connection
+        if connection.in_atomic_block or not connection.get_autocommit():
+            return self.transaction()
+        return nullcontext()
+
     @contextmanager
-    def brief_transaction(self, *, one_statement: bool = False) -> Iterator[Any]:
+    def brief_transaction(self) -> Iterator[Any]:
         """A durable transaction of this package's own statements, as a cursor to make them with.
 
         No code of others runs within it, so that Django's bookkeeping of blocks and hooks, which
-        costs as much as the statements, is left out. A single statement is a transaction by
-        itself. Within the step of an atomic task, both are a part of that.
+        costs as much as the statements, is left out. Within the step of an atomic task it is a
+        part of that.
         """
         connection = self.connection
-        with connection.cursor() as cursor:
+        with own_cursor(connection) as cursor:
             if connection.in_atomic_block or not connection.get_autocommit():
                 with self.transaction():
                     yield cursor
-            elif one_statement:
+                return
+            # Immediate, so that SQLite waits for other writers here and not in the middle.
+            cursor.execute("BEGIN IMMEDIATE" if connection.vendor == "sqlite" else "BEGIN")
+            try:
                 yield cursor
-            else:
-                # Immediate, so that SQLite waits for other writers here and not in the middle.
-                sqlite = connection.vendor == "sqlite"
-                cursor.execute("BEGIN IMMEDIATE" if sqlite else "BEGIN")
+                cursor.execute("COMMIT")
+            except BaseException:
                 try:
-                    yield cursor
-                    cursor.execute("COMMIT")
-                except BaseException:
-                    try:
-                        cursor.execute("ROLLBACK")
-                    except (DatabaseError, InterfaceError):
-                        connection.close()
-                    raise
+                    cursor.execute("ROLLBACK")
+                except (connection.Database.Error, Error):
+                    connection.close()
+                raise
 
     @property
     def _in_step(self) -> bool:

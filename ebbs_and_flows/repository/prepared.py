@@ -12,61 +12,82 @@ import re
 from collections.abc import Sequence
 from functools import cache
 from itertools import count
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from django.db import DatabaseError
 
+from .direct import own_cursor
+from .rows import Rows, fetch
+
+if TYPE_CHECKING:
+    from .libpq import Session
+
 _PREPARED_AFTER = 2
 """How often a connection makes a statement before it prepares it."""
 _UNKNOWN_NAME = "26000"
-_NAME_TAKEN = "42P05"
 """PostgreSQL documentation, appendix A."""
 
-_uses: WeakKeyDictionary[Any, dict[str, int]] = WeakKeyDictionary()
+_sessions: WeakKeyDictionary[Any, Session] = WeakKeyDictionary()
 
 
-def execute_prepared(cursor: Any, sql: str, parameters: Sequence[Any]) -> None:
-    """Make a statement that this connection makes often; each `%s` needs a type that is plain.
-
-    Within a transaction it is made unprepared: there, an unknown name would undo it.
-    """
-    connection = cursor.db
-    raw = connection.connection
-    if connection.vendor != "postgresql" or connection.in_atomic_block:
-        cursor.execute(sql, parameters)
-        return
-    uses = _uses.setdefault(raw, {})
-    used = uses.get(sql, 0)
+def execute_prepared(connection: Any, sql: str, parameters: Sequence[Any]) -> Rows:
+    """Make a statement that this connection makes often; each `%s` needs a type that is plain."""
+    session = _session(connection)
+    if session is None:
+        return _execute(connection, sql, parameters)
+    used = session.uses.get(sql, 0)
+    session.uses[sql] = used + 1
+    if used < _PREPARED_AFTER:
+        return _execute(connection, sql, parameters)
+    name, text = _prepared_form(sql)
     try:
-        if used < _PREPARED_AFTER:
-            uses[sql] = used + 1
-            cursor.execute(sql, parameters)
-            return
-        name = _name(sql)
-        if used == _PREPARED_AFTER:
-            _prepare(cursor, name, sql)
-            uses[sql] = used + 1
-        slots = ", ".join(["%s"] * len(parameters))
-        cursor.execute(f"EXECUTE {name} ({slots})", parameters)
+        with connection.wrap_database_errors:
+            if used == _PREPARED_AFTER:
+                session.prepare(name, text)
+            return session.execute(name, parameters)
     except DatabaseError as error:
+        # Begin anew: another connection's turn, or a session that was reset.
+        del session.uses[sql]
         if getattr(error.__cause__, "sqlstate", None) != _UNKNOWN_NAME:
             raise
-        # Another connection's turn, or a session that was reset: begin anew.
-        uses.pop(sql)
+        return _execute(connection, sql, parameters)
+
+
+def _session(connection: Any) -> Session | None:
+    """Return the connection's session with PostgreSQL; None where nothing is to be prepared.
+
+    So it is within a transaction, which an unknown name would undo, and where somebody wants to
+    see each statement, by the query log or a wrapper.
+    """
+    if (
+        connection.vendor != "postgresql"
+        or connection.in_atomic_block
+        or connection.execute_wrappers
+        or connection.queries_logged
+        or not connection.get_autocommit()
+    ):
+        return None
+    connection.close_if_health_check_failed()
+    connection.ensure_connection()
+    raw = connection.connection
+    session = _sessions.get(raw)
+    if session is None and hasattr(raw, "pgconn"):
+        from .libpq import Session
+
+        session = _sessions[raw] = Session(raw)
+    return session
+
+
+def _execute(connection: Any, sql: str, parameters: Sequence[Any]) -> Rows:
+    with own_cursor(connection) as cursor:
         cursor.execute(sql, parameters)
-
-
-def _prepare(cursor: Any, name: str, sql: str) -> None:
-    numbers = count(1)
-    text = re.sub("%s", lambda _: f"${next(numbers)}", sql)
-    try:
-        cursor.execute(f"PREPARE {name} AS {text}")
-    except DatabaseError as error:
-        if getattr(error.__cause__, "sqlstate", None) != _NAME_TAKEN:
-            raise
+        return fetch(cursor)
 
 
 @cache
-def _name(sql: str) -> str:
-    return f"ebbs_{hashlib.sha256(sql.encode()).hexdigest()[:24]}"
+def _prepared_form(sql: str) -> tuple[bytes, str]:
+    """Return a statement's name, and its text with numbered parameters."""
+    numbers = count(1)
+    text = re.sub("%s", lambda _: f"${next(numbers)}", sql)
+    return f"ebbs_{hashlib.sha256(sql.encode()).hexdigest()[:24]}".encode(), text

@@ -6,7 +6,8 @@ each call, which takes longer than the query of a single row.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,6 +20,8 @@ _FIELDS: dict[str, Any] = {
     str(field.column): field for field in FlowExecution._meta.concrete_fields
 }
 
+_NAMES = [field.attname for field in _FIELDS.values()]
+
 COLUMNS = ", ".join(f"f.{column}" for column in _FIELDS)
 """The columns of a flow, of a table that is called `f`."""
 
@@ -27,26 +30,39 @@ _Converter = Callable[[Any, Any, Any], Any]
 _converters: WeakKeyDictionary[Any, dict[str, list[tuple[_Converter, Any]]]] = WeakKeyDictionary()
 
 
-def read_flow(cursor: Any) -> tuple[FlowExecution | None, dict[str, Any]]:
-    """Return the flow of the next row, None where there is none, and what else is in the row."""
-    row = cursor.fetchone()
-    if row is None:
-        return None, {}
-    connection = cursor.db
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """What a statement has returned."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+
+    def by_column(self) -> list[dict[str, Any]]:
+        """Return each row as its values by column."""
+        return [dict(zip(self.columns, row, strict=True)) for row in self.rows]
+
+    def one(self) -> dict[str, Any] | None:
+        """Return the first row by column, None where there is none."""
+        return next(iter(self.by_column()), None)
+
+
+def fetch(cursor: Any) -> Rows:
+    """Return the rows that a cursor's last statement has found."""
+    return Rows([column[0] for column in cursor.description], cursor.fetchall())
+
+
+def read_flow(connection: Any, row: Mapping[str, Any]) -> FlowExecution:
+    """Return the flow of a row that has its columns, and maybe others."""
     converters = _converters.get(connection)
     if converters is None:
         converters = _converters[connection] = _find_converters(connection)
-    names, values, more = [], [], {}
-    for description, value in zip(cursor.description, row, strict=True):
-        column = description[0]
-        if column in converters:
-            for convert, expression in converters[column]:
-                value = convert(value, expression, connection)
-            names.append(_FIELDS[column].attname)
-            values.append(value)
-        else:
-            more[column] = value
-    return FlowExecution.from_db(connection.alias, names, values), more
+    values = []
+    for column, steps in converters.items():
+        value = row[column]
+        for convert, expression in steps:
+            value = convert(value, expression, connection)
+        values.append(value)
+    return FlowExecution.from_db(connection.alias, _NAMES, values)
 
 
 def _find_converters(connection: Any) -> dict[str, list[tuple[_Converter, Any]]]:

@@ -25,6 +25,7 @@ from .database import (
     now_sql,
 )
 from .prepared import execute_prepared
+from .rows import COLUMNS, read_flow
 
 # The index, too, so that a step that was committed after all is not made a second time.
 _FENCE = (
@@ -60,6 +61,8 @@ class ClaimedRun:
     attempt: int = 0
     task_name: str = ""
     task_execution_id: int = 0
+    # The flow as its last step left it, where that step tells.
+    ended: FlowExecution | None = None
 
     @property
     def counted_attempts(self) -> int:
@@ -105,10 +108,11 @@ class StepRepository(Database):
         back if it has a next task and is over if not. Returns the id of the attempt that was
         started, 0 for none, or None with nothing written: the fence did not hold.
         """
-        in_one = self.in_one_statement
-        with self.brief_transaction(one_statement=in_one) as cursor:
-            finish = self._finish_in_one if in_one else self._finish_in_some
-            return finish(cursor, run, entries, next_task, lease, log)
+        if self.in_one_statement:
+            with self.one_statement():
+                return self._finish_in_one(run, entries, next_task, lease, log)
+        with self.brief_transaction() as cursor:
+            return self._finish_in_some(cursor, run, entries, next_task, lease, log)
 
     def _finish_in_some(
         self,
@@ -120,7 +124,7 @@ class StepRepository(Database):
         log: str,
     ) -> int | None:
         now, moment = now_sql(cursor.db)
-        values, parameters = _next_state(cursor, next_task, lease)
+        values, parameters = _next_state(cursor.db, next_task, lease)
         advanced = execute(
             cursor,
             f"UPDATE {FLOW} SET current_task_index = %s, forgiven_attempts = 0,"
@@ -145,15 +149,15 @@ class StepRepository(Database):
 
     def _finish_in_one(
         self,
-        cursor: Any,
         run: ClaimedRun,
         entries: Mapping[str, str],
         next_task: str | None,
         lease: timedelta | None,
         log: str,
     ) -> int | None:
+        connection = self.connection
         # As few parameters as will do: each costs the driver as much as a row costs the database.
-        values, parameters = _next_state(cursor, next_task, lease)
+        values, parameters = _next_state(connection, next_task, lease)
         parameters += [*_fence(run), log, run.task_execution_id]
         written = follows = ""
         if entries:
@@ -163,35 +167,40 @@ class StepRepository(Database):
                 FROM finished, json_each_text(%s::json) WITH ORDINALITY
                 AS e (name, value, position) ORDER BY e.position)"""
             parameters.append(json.dumps(entries))
+        changed, result = "f.id, f.current_task_index, f.claim", "0 AS attempt FROM fence"
         if next_task is None:
+            changed, result = COLUMNS, "0 AS attempt, fence.* FROM fence"
             follows = f""", followed AS (
                 INSERT INTO {TRANSITION}
                     (flow_execution_id, from_status, to_status, at, actor, reason)
                 SELECT id, 'RUNNING', 'SUCCEEDED', STATEMENT_TIMESTAMP(), claimed_by, ''
-                FROM fence RETURNING 0 AS id)"""
+                FROM fence)"""
         elif lease is not None:
+            result = "followed.id AS attempt FROM followed"
             follows = f""", followed AS (
                 INSERT INTO {ATTEMPT} (flow_execution_id, task_index, task_name, attempt, claim,
                     status, started_at, output, error_type, log)
                 SELECT id, current_task_index, %s::varchar, 1, claim, 'RUNNING',
                     STATEMENT_TIMESTAMP(), '', '', '' FROM fence RETURNING id)"""
             parameters.append(next_task)
-        result = "followed.id FROM followed" if follows else "0 FROM fence"
-        execute_prepared(
-            cursor,
+        found = execute_prepared(
+            connection,
             f"""
             WITH fence AS (
-                UPDATE {FLOW} SET current_task_index = current_task_index + 1,
+                UPDATE {FLOW} f SET current_task_index = current_task_index + 1,
                     forgiven_attempts = 0, interruptions = 0, {values}
-                WHERE {_FENCE_IN_ONE} RETURNING id, current_task_index, claim, claimed_by
+                WHERE {_FENCE_IN_ONE} RETURNING {changed}
             ), finished AS (
                 UPDATE {ATTEMPT} a SET status = 'SUCCEEDED', finished_at = STATEMENT_TIMESTAMP(),
                     log = %s FROM fence WHERE a.id = %s RETURNING a.id, a.flow_execution_id
             ){written}{follows} SELECT {result}""",
             parameters,
-        )
-        row = cursor.fetchone()
-        return None if row is None else int(row[0])
+        ).one()
+        if found is None:
+            return None
+        if next_task is None:
+            run.ended = read_flow(connection, found)
+        return int(found["attempt"])
 
     def start_attempt(self, run: ClaimedRun, task_name: str, attempt: int) -> None:
         """Store the RUNNING attempt at the run's task and make it the run's own."""
@@ -262,15 +271,15 @@ def _fence(run: ClaimedRun) -> list[int]:
 
 
 def _next_state(
-    cursor: Any, next_task: str | None, lease: timedelta | None
+    connection: Any, next_task: str | None, lease: timedelta | None
 ) -> tuple[str, list[Any]]:
     """Return what a step makes of the flow's row, as SQL with its parameters."""
     if next_task is None:
-        now, moment = now_sql(cursor.db)
+        now, moment = now_sql(connection)
         return f"status = 'SUCCEEDED', finished_at = {now}, lease_expires_at = NULL", moment
     if lease is None:
         return "claimed_by = '', lease_expires_at = NULL, ready_rank = -priority", []
-    until, expiry = now_sql(cursor.db, lease)
+    until, expiry = now_sql(connection, lease)
     return f"lease_expires_at = {until}", expiry
 
 
