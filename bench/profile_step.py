@@ -65,11 +65,13 @@ class TimedCursor(sqlite3.Cursor):
 
 
 class TimedConnection(sqlite3.Connection):
-    """Hands out cursors that are timed, beneath the class that Django asks for."""
+    """Hands out cursors that are timed, beneath the class that is asked for."""
 
     commit = clock.timed(sqlite3.Connection.commit)
 
     def cursor(self, factory: Any = sqlite3.Cursor) -> Any:
+        if factory is sqlite3.Cursor:
+            return super().cursor(TimedCursor)
         return super().cursor(type("Cursor", (factory, TimedCursor), {}))
 
 

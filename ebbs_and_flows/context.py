@@ -7,6 +7,7 @@ import logging
 import math
 import unicodedata
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from types import GenericAlias
 from typing import Any, Final, Protocol, Self, TypeVar
 
@@ -281,10 +282,15 @@ class ExecutionContext(Mapping[str, Any]):
         return f"<{type(self).__name__}: {', '.join(self) or 'no entries'}>"
 
     def __copy__(self) -> Self:
-        context = type(self).__new__(type(self))
-        context.__setstate__(self.__getstate__())
+        context = self.from_stored(
+            self._stored,
+            flow_execution_id=self.flow_execution_id,
+            task_name=self.task_name,
+            attempt=self.attempt,
+            idempotency_key=self.idempotency_key,
+            attempt_in_progress=self._attempt,
+        )
         context._take_entries(self)
-        context._attempt = self._attempt
         context._frozen = False
         return context
 
@@ -363,8 +369,13 @@ def _checked_name(name: Any) -> str:
             f"An entry's name has at most {MAX_NAME_LENGTH} characters, not {len(plain)}:"
             f" {plain[:40]!r}..."
         )
-    if any(unicodedata.category(character) in _REFUSED_CATEGORIES for character in plain):
+    if not _is_printable(plain):
         raise InvalidEntryName(
             f"An entry's name cannot hold control characters or lone surrogates: {plain!r}."
         )
     return plain
+
+
+@lru_cache(maxsize=1024)
+def _is_printable(name: str) -> bool:
+    return not any(unicodedata.category(character) in _REFUSED_CATEGORIES for character in name)

@@ -63,12 +63,24 @@ def keep(record: logging.LogRecord) -> None:
         log.add(record)
 
 
-class _Keeper(logging.Handler):
+class Keeper(logging.Handler):
     """Keeps each record that reaches the root logger while its task runs in the same context."""
 
-    def __init__(self, log: TaskLog) -> None:
-        super().__init__()
-        self._log = log
+    _log: TaskLog | None = None
+
+    @contextmanager
+    def kept(self, max_bytes: int) -> Iterator[TaskLog | str]:
+        """Keep what is logged within the block; with too few bytes, nothing."""
+        if max_bytes <= _LAST_LINE:
+            yield ""
+            return
+        self._log = log = TaskLog(max_bytes)
+        token = _current.set(log)
+        try:
+            yield log
+        finally:
+            _current.reset(token)
+            self._log = None
 
     def emit(self, record: logging.LogRecord) -> None:
         root = logging.getLogger()
@@ -77,35 +89,30 @@ class _Keeper(logging.Handler):
         if shown and record.levelno >= shown.level and is_first and _is_only_kept(record.name):
             # Where logging is not configured, Python itself shows warnings: still.
             shown.handle(record)
-        if _current.get() is self._log:
+        log = self._log
+        if log is not None and _current.get() is log:
             try:
-                self._log.add(record)
+                log.add(record)
             except Exception:  # noqa: BLE001 - as every handler: a bad record is logging's affair
                 self.handleError(record)
+
+
+@contextmanager
+def keeping() -> Iterator[Keeper]:
+    """Have a keeper of what tasks log, for one run."""
+    keeper = Keeper()
+    root = logging.getLogger()
+    root.addHandler(keeper)
+    try:
+        yield keeper
+    finally:
+        root.removeHandler(keeper)
 
 
 def _is_only_kept(name: str) -> bool:
     logger: logging.Logger | None = logging.getLogger(name)
     while logger is not None:
-        if not all(isinstance(handler, _Keeper) for handler in logger.handlers):
+        if not all(isinstance(handler, Keeper) for handler in logger.handlers):
             return False
         logger = logger.parent if logger.propagate else None
     return True
-
-
-@contextmanager
-def kept(max_bytes: int) -> Iterator[TaskLog | str]:
-    """Keep what is logged within the block; with too few bytes, nothing, and at no cost."""
-    if max_bytes <= _LAST_LINE:
-        yield ""
-        return
-    log = TaskLog(max_bytes)
-    keeper = _Keeper(log)
-    root = logging.getLogger()
-    root.addHandler(keeper)
-    token = _current.set(log)
-    try:
-        yield log
-    finally:
-        _current.reset(token)
-        root.removeHandler(keeper)

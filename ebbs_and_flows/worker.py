@@ -33,7 +33,7 @@ from .outputs import describe, error_name
 from .repository import ClaimedRun, is_contention
 from .service import FlowService
 from .status import TaskStatus
-from .tasklog import keep, kept
+from .tasklog import Keeper, keep, keeping
 from .timeouts import Limit, Overdue, interrupt_after
 from .validation import storable_text
 
@@ -87,8 +87,8 @@ class Worker:
         inside = self._repository.connection.in_atomic_block
         watch = nullcontext(None) if inside else heartbeat.watch(self._repository, run)
         try:
-            with watch as watched:
-                attempt = _Attempt(self._service, run, watched)
+            with watch as watched, keeping() as keeper:
+                attempt = _Attempt(self._service, run, watched, keeper)
                 while self._run_task(run, template, attempt):
                     pass
         except ClaimLost as lost:
@@ -147,7 +147,7 @@ class Worker:
             idempotency_key=f"{run.flow.pk}-{run.task_index}-{run.task_name}",
             attempt_in_progress=attempt,
         )
-        with kept(settings.MAX_LOG_BYTES) as log:
+        with attempt.keeper.kept(settings.MAX_LOG_BYTES) as log:
             try:
                 result = self._limited(task, run, context)
                 if not isinstance(result, ExecutionContext):
@@ -195,8 +195,12 @@ class Worker:
 
     @staticmethod
     def _result(task: Task, context: ExecutionContext, limit: Limit) -> object:
-        with interrupt_after(limit, _end_queries):
-            result: object = task.run(context)
+        result: object
+        if limit.left is None:
+            result = task.run(context)
+        else:
+            with interrupt_after(limit, _end_queries):
+                result = task.run(context)
         if inspect.isawaitable(result):
             # Not by the alarm: what is awaited would go on in its own thread.
             result = async_to_sync(_wait_for)(result, limit.left)
@@ -329,7 +333,14 @@ def _end_queries() -> None:
 class _Attempt:
     """What a task's context can ask and say; see `context.Attempt`."""
 
-    def __init__(self, service: FlowService, run: ClaimedRun, watched: WatchedRun | None) -> None:
+    def __init__(
+        self,
+        service: FlowService,
+        run: ClaimedRun,
+        watched: WatchedRun | None,
+        keeper: Keeper,
+    ) -> None:
+        self.keeper = keeper
         self._service = service
         self._run = run
         self._watched = watched

@@ -15,7 +15,7 @@ import pytest
 
 from ebbs_and_flows import ExecutionContext, FlowRunner, FlowTemplate, task
 from ebbs_and_flows.models import TaskExecution
-from ebbs_and_flows.tasklog import TaskLog, kept
+from ebbs_and_flows.tasklog import TaskLog, keeping
 
 pytestmark = pytest.mark.django_db
 
@@ -174,15 +174,15 @@ def test_the_rest_of_a_projects_logging_stays_as_it_was() -> None:
         import django
         django.setup()
         logging.getLogger().handlers.clear()
-        from ebbs_and_flows.tasklog import TaskLog, kept
+        from ebbs_and_flows.tasklog import TaskLog, keeping
         logger = logging.getLogger("shop")
-        with kept(10_000) as log:
+        with keeping() as keeper, keeper.kept(10_000) as log:
             logger.warning("during")
         logger.warning("afterwards")
         assert "during" in str(log)
         # As at the start of a program: nobody has configured anything yet.
         logging.basicConfig(format="configured: %(message)s")
-        with kept(10_000) as log:
+        with keeping() as keeper, keeper.kept(10_000) as log:
             logger.warning("during again")
         logger.warning("at the end")
     """
@@ -203,7 +203,7 @@ def test_the_rest_of_a_projects_logging_stays_as_it_was() -> None:
 
 def test_two_tasks_at_once_keep_their_own_records() -> None:
     async def one(name: str) -> str:
-        with kept(10_000) as log:
+        with keeping() as keeper, keeper.kept(10_000) as log:
             for _ in range(3):
                 logger.warning(name)
                 await asyncio.sleep(0)

@@ -292,7 +292,7 @@ class ClaimRepository(StepRepository):
         lease: timedelta,
     ) -> ClaimedRun | None:
         """Take a flow by compare-and-swap, in the caller's transaction."""
-        now, moment = now_sql(cursor.db)
+        now, moment = clock = now_sql(cursor.db)
         until, expiry = now_sql(cursor.db, lease)
         taken = execute(
             cursor,
@@ -313,11 +313,11 @@ class ClaimRepository(StepRepository):
         run = _claimed(flow, flow.status, flow.claim + 1, worker, stored)
         if run.claimed_from != FlowStatus.RUNNING:
             # RUNNING -> RUNNING is recorded by the attempts themselves.
-            insert_transition(cursor, run, run.claimed_from, FlowStatus.RUNNING)
+            insert_transition(cursor, run, run.claimed_from, FlowStatus.RUNNING, clock)
         if run.task_index < len(task_names):
             # A flow that nobody has claimed before has no attempts.
             last = self.last_attempt(flow.pk, run.task_index) if flow.claim else 0
-            start_attempt(cursor, run, task_names[run.task_index], last + 1)
+            start_attempt(cursor, run, task_names[run.task_index], last + 1, clock)
         return run
 
     def _claim_in_one(
@@ -341,7 +341,7 @@ class ClaimRepository(StepRepository):
             WITH seen AS (
                 SELECT {waiting} IS NOT NULL AS unranked, {lost} IS NOT NULL AS expired
             ), known AS (
-                SELECT * FROM unnest(%s::varchar[], %s::jsonb[]) AS t (name, tasks)
+                SELECT * FROM jsonb_each(%s::jsonb) AS t (name, tasks)
                 WHERE NOT (SELECT unranked OR expired FROM seen)
                 AND NOT EXISTS (SELECT 1 FROM {STATE} s
                     WHERE s.template_name = t.name AND s.paused_at IS NOT NULL)
@@ -384,9 +384,8 @@ class ClaimRepository(StepRepository):
                 (SELECT json_agg(json_build_array(e.name, e.value) ORDER BY e.id)::text
                     FROM {ENTRY} e WHERE e.flow_execution_id = claimed.id) AS entries
             FROM seen LEFT JOIN claimed ON TRUE LEFT JOIN started ON TRUE"""
-        names = list(templates)
-        tasks = [json.dumps(list(templates[name])) for name in names]
-        parameters = [names, tasks, *parameters, *parameters, worker, lease]
+        known = json.dumps({name: list(tasks) for name, tasks in templates.items()})
+        parameters = [known, *parameters, *parameters, worker, lease]
         try:
             with self.one_statement():
                 row = execute_prepared(connection, sql, parameters).one()

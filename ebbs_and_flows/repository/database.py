@@ -37,6 +37,9 @@ ENTRY = ExecutionContextEntry._meta.db_table
 TRANSITION = FlowTransition._meta.db_table
 STATE = FlowTemplateState._meta.db_table
 
+Sql = tuple[str, list[Any]]
+"""A part of a statement, and its parameters."""
+
 BATCH = 500
 """How many rows one statement takes at most."""
 
@@ -54,8 +57,8 @@ class DatabaseNow(models.Func):
         return now_sql(connection, self.offset)
 
 
-def now_sql(connection: Any, offset: timedelta = timedelta(0)) -> tuple[str, list[Any]]:
-    """Return the SQL, and its parameters, of the database's time moved by an offset."""
+def now_sql(connection: Any, offset: timedelta = timedelta(0)) -> Sql:
+    """Return the database's time moved by an offset."""
     if connection.vendor == "postgresql":
         # Not CURRENT_TIMESTAMP, which stands still for the whole transaction, nor
         # CLOCK_TIMESTAMP, which moves within a statement and so cannot bound an index range.

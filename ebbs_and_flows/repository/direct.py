@@ -1,53 +1,55 @@
 """Cursors for this package's own statements, without what Django does around each of them.
 
 A step on SQLite is six statements of a few microseconds, and Django's wrapping of a statement
-takes as long. Who watches a connection's statements, by its query log, by `execute_wrapper` or by
-a cursor of their own, gets Django's cursor and sees them all.
+takes as long. Who watches a connection, by its query log or by `execute_wrapper`, sees them all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import lru_cache
 from typing import Any
 
-from django.db.backends.sqlite3.base import SQLiteCursorWrapper
-from django.db.backends.utils import CursorWrapper
+
+def goes_direct(connection: Any) -> bool:
+    """Open the connection; return whether its statements may go past Django.
+
+    Not where somebody watches them, nor within a transaction, which is Django's affair.
+    """
+    if connection.in_atomic_block or connection.execute_wrappers or connection.queries_logged:
+        return False
+    connection.close_if_health_check_failed()
+    return bool(connection.get_autocommit())
 
 
 @contextmanager
 def own_cursor(connection: Any) -> Iterator[Any]:
     """Yield a cursor for plain statements: `%s` and no other per cent sign, plain parameters."""
-    with connection.cursor() as cursor:
-        if (
-            isinstance(cursor.cursor, SQLiteCursorWrapper)
-            and type(cursor) is CursorWrapper
-            and not connection.execute_wrappers
-            and not connection.in_atomic_block
-        ):
-            # The errors are Django's, as they are there.
-            with connection.wrap_database_errors:
-                yield _SQLiteCursor(connection, cursor.cursor)
-        else:
+    if connection.vendor == "sqlite" and goes_direct(connection):
+        # The errors are Django's, as they are there.
+        with connection.wrap_database_errors, closing(_SQLiteCursor(connection)) as cursor:
+            yield cursor
+    else:
+        with connection.cursor() as cursor:
             yield cursor
 
 
 class _SQLiteCursor:
     """The driver's cursor; what Django's has that is used here."""
 
-    __slots__ = ("_execute", "_raw", "db", "fetchall", "fetchone")
+    __slots__ = ("_raw", "close", "db", "fetchall", "fetchone")
 
-    def __init__(self, connection: Any, raw: SQLiteCursorWrapper) -> None:
+    def __init__(self, connection: Any) -> None:
         self.db = connection
-        self._raw = raw
-        self._execute = super(SQLiteCursorWrapper, raw).execute
+        self._raw = raw = connection.connection.cursor()
         self.fetchone = raw.fetchone
         self.fetchall = raw.fetchall
+        self.close = raw.close
 
     def execute(self, sql: str, parameters: Sequence[Any] = ()) -> None:
         """Make a statement."""
-        self._execute(_with_question_marks(sql), parameters)
+        self._raw.execute(_with_question_marks(sql), parameters)
 
     @property
     def description(self) -> Any:
@@ -57,12 +59,12 @@ class _SQLiteCursor:
     @property
     def rowcount(self) -> int:
         """How many rows were changed."""
-        return self._raw.rowcount
+        return int(self._raw.rowcount)
 
     @property
     def lastrowid(self) -> int:
         """The id of the row that was inserted last."""
-        return int(self._raw.lastrowid or 0)
+        return int(self._raw.lastrowid)
 
 
 @lru_cache(maxsize=512)

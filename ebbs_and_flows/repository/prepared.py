@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 
 from django.db import DatabaseError
 
-from .direct import own_cursor
+from .direct import goes_direct, own_cursor
 from .rows import Rows, fetch
 
 if TYPE_CHECKING:
@@ -60,16 +60,8 @@ def _session(connection: Any) -> Session | None:
     So it is within a transaction, which an unknown name would undo, and where somebody wants to
     see each statement, by the query log or a wrapper.
     """
-    if (
-        connection.vendor != "postgresql"
-        or connection.in_atomic_block
-        or connection.execute_wrappers
-        or connection.queries_logged
-        or not connection.get_autocommit()
-    ):
+    if connection.vendor != "postgresql" or not goes_direct(connection):
         return None
-    connection.close_if_health_check_failed()
-    connection.ensure_connection()
     raw = connection.connection
     session = _sessions.get(raw)
     if session is None and hasattr(raw, "pgconn"):

@@ -20,6 +20,7 @@ from .database import (
     TRANSITION,
     Database,
     DatabaseNow,
+    Sql,
     execute,
     insert,
     now_sql,
@@ -123,8 +124,9 @@ class StepRepository(Database):
         lease: timedelta | None,
         log: str,
     ) -> int | None:
-        now, moment = now_sql(cursor.db)
-        values, parameters = _next_state(cursor.db, next_task, lease)
+        # One moment for all of it, as it is one transaction.
+        now, moment = clock = now_sql(cursor.db)
+        values, parameters = _next_state(cursor.db, next_task, lease, clock)
         advanced = execute(
             cursor,
             f"UPDATE {FLOW} SET current_task_index = %s, forgiven_attempts = 0,"
@@ -142,10 +144,10 @@ class StepRepository(Database):
         rows = [(run.flow.pk, run.task_execution_id, *entry) for entry in entries.items()]
         insert_entries(cursor, rows)
         if next_task is None:
-            insert_transition(cursor, run, FlowStatus.RUNNING, FlowStatus.SUCCEEDED)
+            insert_transition(cursor, run, FlowStatus.RUNNING, FlowStatus.SUCCEEDED, clock)
         if lease is None or next_task is None:
             return 0
-        return _insert_attempt(cursor, run, run.task_index + 1, next_task, 1)
+        return _insert_attempt(cursor, run, run.task_index + 1, next_task, 1, clock)
 
     def _finish_in_one(
         self,
@@ -157,7 +159,7 @@ class StepRepository(Database):
     ) -> int | None:
         connection = self.connection
         # As few parameters as will do: each costs the driver as much as a row costs the database.
-        values, parameters = _next_state(connection, next_task, lease)
+        values, parameters = _next_state(connection, next_task, lease, now_sql(connection))
         parameters += [*_fence(run), log, run.task_execution_id]
         written = follows = ""
         if entries:
@@ -205,7 +207,7 @@ class StepRepository(Database):
     def start_attempt(self, run: ClaimedRun, task_name: str, attempt: int) -> None:
         """Store the RUNNING attempt at the run's task and make it the run's own."""
         with self.connection.cursor() as cursor:
-            start_attempt(cursor, run, task_name, attempt)
+            start_attempt(cursor, run, task_name, attempt, now_sql(self.connection))
 
     def insert_attempt(
         self,
@@ -271,28 +273,28 @@ def _fence(run: ClaimedRun) -> list[int]:
 
 
 def _next_state(
-    connection: Any, next_task: str | None, lease: timedelta | None
-) -> tuple[str, list[Any]]:
-    """Return what a step makes of the flow's row, as SQL with its parameters."""
+    connection: Any, next_task: str | None, lease: timedelta | None, clock: Sql
+) -> Sql:
+    """Return what a step makes of the flow's row."""
     if next_task is None:
-        now, moment = now_sql(connection)
-        return f"status = 'SUCCEEDED', finished_at = {now}, lease_expires_at = NULL", moment
+        now, moment = clock
+        return f"status = 'SUCCEEDED', finished_at = {now}, lease_expires_at = NULL", [*moment]
     if lease is None:
         return "claimed_by = '', lease_expires_at = NULL, ready_rank = -priority", []
     until, expiry = now_sql(connection, lease)
     return f"lease_expires_at = {until}", expiry
 
 
-def start_attempt(cursor: Any, run: ClaimedRun, task_name: str, attempt: int) -> None:
+def start_attempt(cursor: Any, run: ClaimedRun, task_name: str, attempt: int, clock: Sql) -> None:
     """Store the RUNNING attempt at the run's task and make it the run's own."""
-    run.task_execution_id = _insert_attempt(cursor, run, run.task_index, task_name, attempt)
+    run.task_execution_id = _insert_attempt(cursor, run, run.task_index, task_name, attempt, clock)
     run.task_name, run.attempt = task_name, attempt
 
 
 def _insert_attempt(
-    cursor: Any, run: ClaimedRun, task_index: int, task_name: str, attempt: int
+    cursor: Any, run: ClaimedRun, task_index: int, task_name: str, attempt: int, clock: Sql
 ) -> int:
-    now, moment = now_sql(cursor.db)
+    now, moment = clock
     return insert(
         cursor,
         f"INSERT INTO {ATTEMPT} (flow_execution_id, task_index, task_name, attempt, claim,"
@@ -322,9 +324,11 @@ def insert_entries(cursor: Any, rows: Sequence[EntryRow]) -> None:
         )
 
 
-def insert_transition(cursor: Any, run: ClaimedRun, from_status: str, to_status: str) -> None:
+def insert_transition(
+    cursor: Any, run: ClaimedRun, from_status: str, to_status: str, clock: Sql
+) -> None:
     """Store a transition that the run's worker makes."""
-    now, moment = now_sql(cursor.db)
+    now, moment = clock
     cursor.execute(
         f"INSERT INTO {TRANSITION} (flow_execution_id, from_status, to_status, at, actor, reason)"
         f" VALUES (%s, %s, %s, {now}, %s, '')",
