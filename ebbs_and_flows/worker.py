@@ -201,7 +201,7 @@ class Worker:
         else:
             with interrupt_after(limit, _end_queries):
                 result = task.run(context)
-        if inspect.isawaitable(result):
+        if not isinstance(result, ExecutionContext) and inspect.isawaitable(result):
             # Not by the alarm: what is awaited would go on in its own thread.
             result = async_to_sync(_wait_for)(result, limit.left)
         return result

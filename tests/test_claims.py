@@ -116,6 +116,37 @@ def test_a_claim_waits_for_no_other_worker(runner: FlowRunner) -> None:
 
 
 @pytest.mark.django_db(transaction=True)
+@pytest.mark.skipif(connection.vendor != "postgresql", reason="SKIP LOCKED is PostgreSQL's here")
+def test_eight_workers_claim_without_waiting_for_each_other(runner: FlowRunner) -> None:
+    runner.register_flow_template(template("t"))
+    flows = runner.schedule_flows("t", [None] * 200)
+    begin = threading.Barrier(8, timeout=20)
+    ran: list[int] = []
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            with connection.cursor() as cursor:
+                # Who has to wait for a lock at all gets an error instead.
+                cursor.execute("SET lock_timeout = '1ms'")
+            begin.wait()
+            while (flow := runner.run_next()) is not None:
+                ran.append(flow.pk)
+        except BaseException as error:  # noqa: BLE001 - to be shown by the test
+            errors.append(error)
+        finally:
+            connections.close_all()
+
+    workers = [threading.Thread(target=work) for _ in range(8)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    assert errors == []
+    assert sorted(ran) == [flow.pk for flow in flows]
+
+
+@pytest.mark.django_db(transaction=True)
 def test_bulk_scheduling_takes_a_few_statements(runner: FlowRunner) -> None:
     runner.register_flow_template(template("t"))
     with statements() as made:

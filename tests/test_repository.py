@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import threading
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from django.db import IntegrityError, connection, connections, transaction
@@ -18,6 +19,7 @@ from ebbs_and_flows import (
     FlowStatus,
     FlowTemplate,
     Task,
+    context_type,
     task,
 )
 from ebbs_and_flows.models import ExecutionContextEntry, FlowExecution, TaskExecution
@@ -84,8 +86,39 @@ def test_a_step_reads_nothing_of_the_context_again(runner: FlowRunner) -> None:
     with CaptureQueriesContext(connection) as captured:
         runner.run_flow()
     table = ExecutionContextEntry._meta.db_table
-    reads = [sql for sql in statements(captured) if "FROM " + table in sql.replace('"', "")]
-    assert len(reads) == 1
+    made = statements(captured)
+    first_step = next(number for number, sql in enumerate(made) if "'SUCCEEDED'" in sql)
+    reads = [number for number, sql in enumerate(made) if f"FROM {table}" in sql.replace('"', "")]
+    assert reads
+    assert max(reads) < first_step
+
+
+@context_type
+@dataclass
+class Report:
+    pages: str
+    made: ClassVar[int] = 0
+
+    def __post_init__(self) -> None:
+        Report.made += 1
+
+
+@pytest.mark.django_db
+def test_a_big_entry_is_decoded_by_the_task_that_reads_it_alone(runner: FlowRunner) -> None:
+    def reads(context: ExecutionContext) -> ExecutionContext:
+        return context.with_entries(length=len(context["report"].pages))
+
+    def adds(context: ExecutionContext) -> ExecutionContext:
+        return context.with_entries(**{f"by_{context.task_name}": "report" in context})
+
+    tasks = [task(name="before")(adds), task(name="reader")(reads), task(name="after")(adds)]
+    runner.register_flow_template(FlowTemplate("big", tasks=tasks))
+    runner.schedule_flow("big", {"report": Report("x" * 1_000_000)})
+    before = Report.made
+    flow = runner.run_flow()
+    assert flow is not None
+    assert flow.execution_context["length"] == 1_000_000
+    assert Report.made == before + 1
 
 
 @pytest.mark.django_db

@@ -40,6 +40,9 @@ from .steps import (
 # How many candidates one look-up offers where rows cannot be locked and skipped.
 _CANDIDATES = 8
 
+# The entries that a claim brings along, in bytes at most; larger ones are not worth packing.
+_MOST_BROUGHT = 65536
+
 IS_FREE = Q(status__in=WAITING) | Q(status=FlowStatus.RUNNING, lease_expires_at=None)
 """What no worker holds and is not over."""
 
@@ -381,8 +384,11 @@ class ClaimRepository(StepRepository):
                 started.id AS attempt_id, started.attempt AS attempt,
                 (SELECT f.claim + 1 = claimed.claim FROM {FLOW} f WHERE f.id = claimed.id)
                     AS is_as_seen,
-                (SELECT json_agg(json_build_array(e.name, e.value) ORDER BY e.id)::text
-                    FROM {ENTRY} e WHERE e.flow_execution_id = claimed.id) AS entries
+                (SELECT CASE WHEN t.size IS NULL THEN '[]' WHEN t.size <= {_MOST_BROUGHT} THEN
+                    (SELECT json_agg(json_build_array(e.name, e.value) ORDER BY e.id)::text
+                    FROM {ENTRY} e WHERE e.flow_execution_id = claimed.id)
+                END FROM (SELECT SUM(octet_length(e.value)) AS size
+                    FROM {ENTRY} e WHERE e.flow_execution_id = claimed.id) t) AS entries
             FROM seen LEFT JOIN claimed ON TRUE LEFT JOIN started ON TRUE"""
         known = json.dumps({name: list(tasks) for name, tasks in templates.items()})
         parameters = [known, *parameters, *parameters, worker, lease]
@@ -399,11 +405,10 @@ class ClaimRepository(StepRepository):
             return None, due
         flow = read_flow(connection, row)
         # So it is with the entries, if another worker made a whole step in between.
-        stored = (
-            dict(json.loads(row["entries"] or "[]"))
-            if row["is_as_seen"]
-            else self.stored_entries(flow.pk)
-        )
+        if row["is_as_seen"] and row["entries"] is not None:
+            stored = dict(json.loads(row["entries"]))
+        else:
+            stored = self.stored_entries(flow.pk)
         run = _claimed(flow, row["claimed_from"], flow.claim, worker, stored)
         if row["attempt_id"] is not None:
             run.task_name, run.attempt = row["task"], row["attempt"]
