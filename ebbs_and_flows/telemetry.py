@@ -221,13 +221,15 @@ class AttemptSpan:
 
     @_harmless
     def _begin(self) -> None:
-        self._span = _tracer.start_span(
+        span = _tracer.start_span(
             f"run {self._name}",
             context=_parent(self._flow),
             kind=SpanKind.CONSUMER,
             attributes=self._attributes,
         )
-        self._token = current.attach(trace.set_span_in_context(self._span))
+        if span.get_span_context().is_valid:
+            self._token = current.attach(trace.set_span_in_context(span))
+            self._span = span
 
     def failed(self, error: BaseException) -> None:
         """Say that the attempt is recorded as failed, and with what."""
@@ -343,6 +345,8 @@ def _of_flow(flow: FlowExecution) -> dict[str, Any]:
 
 def _parent(flow: FlowExecution) -> current.Context:
     """Return the context of the flow's trace, whatever the caller's own is."""
+    if not flow.traceparent:
+        return current.Context()
     return _format.extract({"traceparent": flow.traceparent})
 
 
