@@ -104,8 +104,7 @@ def new_traces(using: str, flows: Sequence[FlowExecution]) -> Iterator[None]:
 
 @_harmless
 def _begin_traces(flows: Sequence[FlowExecution], spans: list[tuple[FlowExecution, Span]]) -> None:
-    here = trace.get_current_span()
-    scheduler = here.get_span_context()
+    scheduler = trace.get_current_span().get_span_context()
     for flow in flows:
         links = [Link(scheduler)] if scheduler.is_valid else []
         if flow.rerun_of is not None and flow.rerun_of.traceparent:
@@ -113,7 +112,6 @@ def _begin_traces(flows: Sequence[FlowExecution], spans: list[tuple[FlowExecutio
         span = _begin_trace(flow, links)
         if span is None:
             return
-        here.add_link(span.get_span_context())
         spans.append((flow, span))
 
 
@@ -146,6 +144,9 @@ def _end_first_spans(using: str, spans: Sequence[tuple[FlowExecution, Span]]) ->
             span.set_attribute(f"{NAME}.flow.id", flow.pk)
             span.end()
 
+    scheduler = trace.get_current_span()
+    for _flow, span in spans:
+        scheduler.add_link(span.get_span_context())
     if spans:
         transaction.on_commit(end, using=using)
 
@@ -202,14 +203,7 @@ class AttemptSpan:
 
     def __init__(self, run: ClaimedRun) -> None:
         # The run is at its next task when this one is over.
-        self._flow, self._name = run.flow, run.task_name
-        self._attributes = {
-            **_of_flow(run.flow),
-            f"{NAME}.task.name": run.task_name,
-            f"{NAME}.task.index": run.task_index,
-            f"{NAME}.task.attempt": run.attempt,
-            f"{NAME}.worker": run.worker,
-        }
+        self._run, self._name = run, run.task_name
         self._error: BaseException | None = None
         self._failed = False
         self._span: Span | None = None
@@ -221,12 +215,8 @@ class AttemptSpan:
 
     @_harmless
     def _begin(self) -> None:
-        span = _tracer.start_span(
-            f"run {self._name}",
-            context=_parent(self._flow),
-            kind=SpanKind.CONSUMER,
-            attributes=self._attributes,
-        )
+        run = self._run
+        span = _start_attempt(run.flow, run.task_name, run.task_index, run.attempt, run.worker)
         if span.get_span_context().is_valid:
             self._token = current.attach(trace.set_span_in_context(span))
             self._span = span
@@ -249,20 +239,44 @@ class AttemptSpan:
             current.detach(self._token)
             if status is not None:
                 self._span.set_attribute(f"{NAME}.task.status", status.value)
-            _end_span(self._span, self._error)
+            _tell_error(self._span, self._error)
+            self._span.end()
         if status is not None:
-            counted = _count(self._flow, self._name, status)
+            counted = _count(self._run.flow, self._name, status)
             _instruments.durations.record(time.monotonic() - self._started, counted)
 
 
-def _end_span(span: Span, error: BaseException | None, end_time: int | None = None) -> None:
-    if error is not None and span.is_recording():
-        span.record_exception(error, timestamp=end_time)
-        # A task that asks to be called later is well.
-        if not isinstance(error, RetryLater):
-            span.set_attribute("error.type", type(error).__qualname__)
-            span.set_status(Status(StatusCode.ERROR, type(error).__qualname__))
-    span.end(end_time)
+def _start_attempt(
+    flow: FlowExecution,
+    task_name: str,
+    task_index: int,
+    attempt: int,
+    worker: str,
+    start_time: int | None = None,
+) -> Span:
+    return _tracer.start_span(
+        f"run {task_name}",
+        context=_parent(flow),
+        kind=SpanKind.CONSUMER,
+        attributes={
+            **_of_flow(flow),
+            f"{NAME}.task.name": task_name,
+            f"{NAME}.task.index": task_index,
+            f"{NAME}.task.attempt": attempt,
+            f"{NAME}.worker": worker,
+        },
+        start_time=start_time,
+    )
+
+
+def _tell_error(span: Span, error: BaseException | None) -> None:
+    if error is None or not span.is_recording():
+        return
+    span.record_exception(error)
+    # A task that asks to be called later is well.
+    if not isinstance(error, RetryLater):
+        span.set_attribute("error.type", type(error).__qualname__)
+        span.set_status(Status(StatusCode.ERROR, type(error).__qualname__))
 
 
 def _count(flow: FlowExecution, task_name: str, status: TaskStatus) -> dict[str, str]:
@@ -290,8 +304,8 @@ class _NoSpan:
 
 _no_span = _NoSpan()
 
-
 Attempt = AttemptSpan | _NoSpan
+"""What `attempt` returns."""
 
 
 def attempt(run: ClaimedRun) -> Attempt:
@@ -309,21 +323,16 @@ def attempt_lost(using: str, flow: FlowExecution, lost: TaskExecution) -> None:
     @_harmless
     def record() -> None:
         _count(flow, lost.task_name, TaskStatus.FAILED)
-        span = _tracer.start_span(
-            f"run {lost.task_name}",
-            context=_parent(flow),
-            kind=SpanKind.CONSUMER,
-            attributes={
-                **_of_flow(flow),
-                f"{NAME}.task.name": lost.task_name,
-                f"{NAME}.task.index": lost.task_index,
-                f"{NAME}.task.attempt": lost.attempt,
-                f"{NAME}.task.status": TaskStatus.FAILED.value,
-                f"{NAME}.worker": flow.claimed_by,
-                "error.type": "TaskInterrupted",
-            },
-            start_time=_nanoseconds(lost.started_at),
+        span = _start_attempt(
+            flow,
+            lost.task_name,
+            lost.task_index,
+            lost.attempt,
+            flow.claimed_by,
+            _nanoseconds(lost.started_at),
         )
+        span.set_attribute(f"{NAME}.task.status", TaskStatus.FAILED.value)
+        span.set_attribute("error.type", "TaskInterrupted")
         span.set_status(Status(StatusCode.ERROR, "interrupted"))
         span.end()
 
