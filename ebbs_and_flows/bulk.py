@@ -8,6 +8,7 @@ from typing import Any
 from django.db.models import F, OuterRef, Subquery
 from django.db.models.functions import Coalesce
 
+from . import telemetry
 from .models import FlowExecution
 from .repository import DatabaseNow
 from .signals import announce_status
@@ -83,4 +84,5 @@ class BulkService(StepService):
             record.flow_execution_id, record.at = pk, now
             records.append(record)
             announce_status(self.repository.using, pk, flow.status, to_status, actor, reason)
+            telemetry.flow_changed(self.repository.using, flow, to_status)
         self.repository.insert_all_transitions(records)

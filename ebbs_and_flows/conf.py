@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -32,6 +33,8 @@ class Settings:
     """For how many days a flow that succeeded or was cancelled is kept; 0 is for ever."""
     ENGINE: str = "ebbs_and_flows.engines.django_q.DjangoQEngine"
     """The dotted path of the class that wakes a queue's workers."""
+    TRACE_URL: str = ""
+    """Where the admin links a flow's trace to, with `{trace_id}` in it; empty links to nothing."""
 
 
 MINIMUM: dict[str, float] = {
@@ -45,6 +48,8 @@ MINIMUM: dict[str, float] = {
     "KEEP_DAYS": 0,
 }
 
+
+_TRACE_URL = re.compile(r"https?://\S*\{trace_id\}\S*")
 
 _ACCEPTED: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,)}
 
@@ -75,6 +80,11 @@ def problems(configured: Any) -> list[str]:
             found.append(
                 f"EBBS_AND_FLOWS[{name!r}] is {value!r}: give it at least {MINIMUM[name]}"
                 f" and less than 2 to the 31st."
+            )
+        elif name == "TRACE_URL" and value and not _TRACE_URL.fullmatch(value):
+            found.append(
+                f"EBBS_AND_FLOWS['TRACE_URL'] is {value!r}: begin it with https:// or http://,"
+                f" and write {{trace_id}} where the id goes."
             )
     return found
 

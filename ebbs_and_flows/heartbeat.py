@@ -128,7 +128,13 @@ class Heartbeat:
         except Exception:
             # Whatever it was, the other runs are to be watched, and the next beat tries again.
             logger.warning(
-                "The lease of flow %s could not be renewed.", watched.run.flow.pk, exc_info=True
+                "The lease of flow %s could not be renewed.",
+                watched.run.flow.pk,
+                exc_info=True,
+                extra={
+                    "flow": watched.run.flow.pk,
+                    "template": watched.run.flow.template_name,
+                },
             )
         finally:
             connection.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from django.core.validators import MaxValueValidator, MinValueValidator
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
 # MariaDB's default collations ignore case, and PostgreSQL's keep LIKE and ranges from its indexes.
 _BY_CODE_POINTS = {"mysql": "utf8mb4_bin", "postgresql": "C"}
+
+_TRACEPARENT = re.compile("[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-([0-9a-f]{2})")
+_SAMPLED = 1
 
 
 class _ExactText:
@@ -110,7 +114,7 @@ class FlowExecution(models.Model):
     interruptions = models.PositiveIntegerField(default=0)
     # What the attempt in progress says of itself, as JSON; of another attempt it is outdated.
     task_progress = ExactTextField(_("progress"), blank=True, default="")
-    # The trace that scheduled the flow, as W3C Trace Context has it.
+    # The first span of the flow's own trace, as W3C Trace Context has it.
     traceparent = models.CharField(max_length=55, blank=True, default="")
     created_at = models.DateTimeField(_("created"))
     started_at = models.DateTimeField(_("started"), null=True, blank=True)
@@ -211,6 +215,12 @@ class FlowExecution(models.Model):
         entries = ExecutionContextEntry.objects.using(self._state.db).filter(flow_execution=self)
         stored = dict(entries.order_by("pk").values_list("name", "value"))
         return ExecutionContext.from_stored(stored, flow_execution_id=self.pk)
+
+    @property
+    def trace_id(self) -> str:
+        """The id of the flow's trace, 32 hexadecimal digits; empty where none is recorded."""
+        found = _TRACEPARENT.fullmatch(self.traceparent)
+        return found[1] if found and int(found[2], 16) & _SAMPLED else ""
 
     @property
     def duration(self) -> timedelta | None:

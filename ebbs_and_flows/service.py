@@ -8,6 +8,7 @@ from typing import Any
 
 from django.db import IntegrityError
 
+from . import telemetry
 from .bulk import BulkService
 from .context import ExecutionContext
 from .drafts import NewFlow, encode
@@ -210,7 +211,8 @@ class FlowService(BulkService):
         for draft in new:
             draft.fill_in(now)
             rows.append((draft.flow, draft.entries, draft.path(now)))
-        self.repository.insert_flows(rows)
+        with telemetry.new_traces(self.repository.using, [draft.flow for draft in new]):
+            self.repository.insert_flows(rows)
         for flow, _entries, path in rows:
             for record in path:
                 announce_status(
@@ -312,7 +314,7 @@ class FlowService(BulkService):
             raise IllegalTransition(
                 f"Flow {flow.pk} has just been changed by somebody else: look at it again."
             )
-        self.record(flow.pk, [transition(flow.status, to_status, actor=actor, reason=reason)])
+        self.record(flow, [transition(flow.status, to_status, actor=actor, reason=reason)])
         flow.status = to_status
 
     def reschedule(

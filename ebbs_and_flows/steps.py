@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 
+from . import telemetry
 from .conf import get_settings
 from .exceptions import ClaimLost, DeadlineExceeded, EbbsAndFlowsError, TemplateDrift
 from .flows import FlowTemplate
@@ -40,18 +41,24 @@ class StepService:
     def _lease(self) -> timedelta:
         return timedelta(seconds=get_settings().LEASE_SECONDS)
 
-    def record(self, flow_id: int, path: Sequence[FlowTransition]) -> None:
+    def record(self, flow: FlowExecution, path: Sequence[FlowTransition]) -> None:
         """Store transitions of a flow and announce them."""
-        self.repository.insert_transitions(flow_id, path)
+        self.repository.insert_transitions(flow.pk, path)
+        self._announce(flow, path)
+
+    def _announce(self, flow: FlowExecution, path: Sequence[FlowTransition]) -> None:
         for item in path:
             announce_status(
                 self.repository.using,
-                flow_id,
+                flow.pk,
                 item.from_status,
                 item.to_status,
                 item.actor,
                 item.reason,
             )
+        # A failure that is retried is no end.
+        for item in path[-1:]:
+            telemetry.flow_changed(self.repository.using, flow, item.to_status)
 
     # Claiming
 
@@ -146,6 +153,9 @@ class StepService:
 
         It is when every task is done, when the template drifted, and after its deadline.
         """
+        telemetry.trace_late(
+            run, lambda traceparent: self.repository.fenced(run).update(traceparent=traceparent)
+        )
         refusal: EbbsAndFlowsError | None = None
         try:
             self.check_drift(template, run.flow.task_names[: run.task_index], run.flow.pk)
@@ -158,7 +168,9 @@ class StepService:
                     planned = (*run.flow.task_names, "?")[: run.task_index + 1][-1]
                     last = self.repository.last_attempt(run.flow.pk, run.task_index)
                     self.repository.start_attempt(run, planned, last + 1)
-                self.fail_step(run, str(refusal), type(refusal).__name__, error=refusal)
+                with telemetry.attempt(run) as span:
+                    self.fail_step(run, str(refusal), type(refusal).__name__, error=refusal)
+                    span.failed(refusal)
             return False
         names = template.task_names
         if run.flow.task_names != names:
@@ -243,6 +255,7 @@ class StepService:
                 FlowStatus.SUCCEEDED,
                 run.worker,
             )
+            telemetry.flow_changed(self.repository.using, run.flow, FlowStatus.SUCCEEDED)
         if not started:
             return False
         assert next_task is not None  # noqa: S101 - for the type checker
@@ -331,7 +344,7 @@ class StepService:
             error_type=error_type,
             log=log,
         )
-        self.record(run.flow.pk, path)
+        self.record(run.flow, path)
         announce_task(self.repository.using, run.task_execution_id, error)
         return False
 
@@ -365,15 +378,7 @@ class StepService:
     def _announce_since_claim(self, run: ClaimedRun) -> None:
         """Announce what a write recorded whose commit was not reported."""
         announce_task(self.repository.using, run.task_execution_id)
-        for item in self.repository.transitions_since_claim(run.flow.pk):
-            announce_status(
-                self.repository.using,
-                run.flow.pk,
-                item.from_status,
-                item.to_status,
-                item.actor,
-                item.reason,
-            )
+        self._announce(run.flow, self.repository.transitions_since_claim(run.flow.pk))
 
     @staticmethod
     def _claim_lost(run: ClaimedRun) -> ClaimLost:
@@ -396,7 +401,7 @@ class StepService:
         if flow is None or cancelled != 1:
             raise self._claim_lost(run)
         self.record(
-            run.flow.pk,
+            run.flow,
             [
                 transition(
                     FlowStatus.RUNNING,
@@ -416,7 +421,7 @@ class StepService:
             self._cancel(run)
             return
         self.record(
-            run.flow.pk,
+            run.flow,
             [transition(FlowStatus.RUNNING, FlowStatus.SUCCEEDED, actor=run.worker)],
         )
 
@@ -468,7 +473,7 @@ class StepService:
             path.append(
                 transition(FlowStatus.FAILED, to_status, actor=by or "recovery", reason=why)
             )
-        self.record(flow.pk, path)
+        self.record(flow, path)
         for attempt in attempts:
             announce_task(self.repository.using, attempt)
         return True
@@ -481,6 +486,7 @@ class StepService:
             with self.repository.atomic():
                 if self.interrupt(flow, _lost(flow, seen)):
                     recovered += 1
+                    self._trace_lost_attempt(flow)
                     logger.warning(
                         "Flow %s was taken back from worker %s, whose lease had expired.",
                         flow.pk,
@@ -488,6 +494,13 @@ class StepService:
                         extra={"flow": flow.pk, "template": flow.template_name},
                     )
         return recovered
+
+    def _trace_lost_attempt(self, flow: FlowExecution) -> None:
+        if telemetry.is_installed:
+            attempts = self.repository.attempts.filter(flow_execution=flow.pk, claim=flow.claim)
+            lost = attempts.order_by("pk").last()
+            if lost is not None:
+                telemetry.attempt_lost(self.repository.using, flow, lost)
 
 
 def _lost(flow: FlowExecution, seen: datetime | None) -> str:

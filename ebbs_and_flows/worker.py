@@ -17,6 +17,7 @@ from typing import Any
 from asgiref.sync import async_to_sync
 from django.db import DatabaseError, InterfaceError, OperationalError, connections
 
+from . import telemetry
 from .conf import get_settings
 from .context import ExecutionContext
 from .exceptions import (
@@ -101,6 +102,16 @@ class Worker:
 
     def _run_task(self, run: ClaimedRun, template: FlowTemplate, attempt: _Attempt) -> bool:
         """Make one attempt and store its outcome; return whether the flow goes on here."""
+        with telemetry.attempt(run) as span:
+            return self._run_traced(run, template, attempt, span)
+
+    def _run_traced(
+        self,
+        run: ClaimedRun,
+        template: FlowTemplate,
+        attempt: _Attempt,
+        span: telemetry.Attempt,
+    ) -> bool:
         index, name = run.task_index, run.task_name
         task = template.tasks[index]
         next_task = template.tasks[index + 1].name if index + 1 < len(template.tasks) else None
@@ -117,13 +128,13 @@ class Worker:
                     run, lambda: self._succeed(run, outcome, next_task, hand_back=hand_back)
                 )
         except _BodyFailed as failed:
-            return self._fail(run, task, failed.error, failed.log)
+            return self._fail(run, task, failed.error, failed.log, span)
         except (DatabaseError, InterfaceError) as error:
             if not task.atomic and isinstance(error, (OperationalError, InterfaceError)):
                 # The database stayed away for a whole lease: the flow is recovered.
                 raise
             # What was written is refused: as late as at the commit of an atomic body.
-            return self._fail(run, task, error, "")
+            return self._fail(run, task, error, "", span)
         self._on_task(run, name, TaskStatus.SUCCEEDED)
         return goes_on
 
@@ -215,7 +226,14 @@ class Worker:
 
     # Failures
 
-    def _fail(self, run: ClaimedRun, task: Task, error: BaseException, log: str) -> bool:
+    def _fail(
+        self,
+        run: ClaimedRun,
+        task: Task,
+        error: BaseException,
+        log: str,
+        span: telemetry.Attempt,
+    ) -> bool:
         """Store that the attempt failed; return whether the flow goes on here after all."""
         retry_after, forgive, interrupted, reason = None, False, False, ""
         settings = get_settings()
@@ -258,6 +276,7 @@ class Worker:
             # An atomic body had been committed, although its commit raised.
             self._on_task(run, name, TaskStatus.SUCCEEDED)
             return True
+        span.failed(error)
         logger.warning(
             "Task %s of flow %s failed: %s",
             name,
@@ -301,7 +320,10 @@ class Worker:
                 if connection.in_atomic_block or time.monotonic() >= until:
                     raise
                 logger.warning(
-                    "A write of flow %s is tried again.", run.flow.pk, exc_info=not unsettled
+                    "A write of flow %s is tried again.",
+                    run.flow.pk,
+                    exc_info=not unsettled,
+                    extra={"flow": run.flow.pk, "template": run.flow.template_name},
                 )
                 connection.close()
                 unsettled = True

@@ -678,3 +678,38 @@ def test_progress_counts_only_while_its_attempt_runs(admin_client: Client) -> No
 )
 def test_retries_in_words(retry: Retry, words: str) -> None:
     assert retry_in_words(retry) == words
+
+
+# A flow's trace
+
+
+TRACE = "0af7651916cd43dd8448eb211c80319c"
+
+
+def traced(flags: str) -> FlowExecution:
+    flow = succeeded()
+    flow.traceparent = f"00-{TRACE}-b7ad6b7169203331-{flags}"
+    flow.save()
+    return flow
+
+
+def test_a_flow_s_trace_is_in_its_head_and_a_link_where_traces_are_shown(
+    admin_client: Client, settings: Any
+) -> None:
+    address = f"{LIST}{traced('01').pk}/change/"
+    text = page(admin_client, address)
+    assert re.search(rf"<dt>Trace</dt>\s*<dd>\s*<bdi>{TRACE}</bdi>", text)
+    settings.EBBS_AND_FLOWS = {"TRACE_URL": 'https://traces.example.com/{trace_id}?a=1&b="'}
+    text = page(admin_client, address)
+    href = f"https://traces.example.com/{TRACE}?a=1&amp;b=&quot;"
+    assert f'<bdi><a href="{href}">{TRACE}</a></bdi>' in text
+
+
+@pytest.mark.parametrize("flags", ["00", "02"])
+def test_a_trace_that_is_not_recorded_is_not_shown(
+    admin_client: Client, settings: Any, flags: str
+) -> None:
+    settings.EBBS_AND_FLOWS = {"TRACE_URL": "https://traces.example.com/{trace_id}"}
+    text = page(admin_client, f"{LIST}{traced(flags).pk}/change/")
+    assert "<dt>Trace</dt>" not in text
+    assert TRACE not in text

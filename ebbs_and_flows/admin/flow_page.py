@@ -19,7 +19,7 @@ from .actions import FLOW_ACTIONS
 from .attempts import MAX_ATTEMPTS, flow_attempts, running_attempt, task_rows
 from .entries import entry_groups
 from .pages import SEE_VALUES, may, page_context
-from .pieces import duration, moment, pill, progress, reported_progress
+from .pieces import duration, moment, pill, progress, reported_progress, trace_link
 from .timeline import timeline_rows
 
 MAX_TRANSITIONS = 200
@@ -99,6 +99,7 @@ def _facts(flow: FlowExecution) -> list[tuple[str, Any]]:
         (_("Scheduled by"), flow.created_by),
         (_("Worker"), flow.claimed_by if flow.status == FlowStatus.RUNNING else ""),
         (_("To be cancelled by"), flow.cancel_requested_by if flow.cancel_requested else ""),
+        (_("Trace"), trace_link(flow.trace_id)),
     ]
     return [(name, value) for name, value in facts if value]
 

@@ -13,6 +13,7 @@ from django.utils.safestring import SafeString
 from django.utils.translation import gettext as _
 from django.utils.translation import ngettext
 
+from ..conf import get_settings
 from ..models import FlowExecution
 from ..status import FlowStatus, TaskStatus
 
@@ -122,3 +123,11 @@ def moment(value: datetime | None) -> SafeString | str:
         format_date(local, "Y-m-d H:i:s T"),
         format_date(local, shown if local.year == now.year else "j M Y H:i"),
     )
+
+
+def trace_link(trace_id: str) -> SafeString | str:
+    """Return a trace's id, linked to where `TRACE_URL` says that traces are shown."""
+    url = get_settings().TRACE_URL
+    if not url or not trace_id:
+        return trace_id
+    return format_html('<a href="{}">{}</a>', url.replace("{trace_id}", trace_id), trace_id)

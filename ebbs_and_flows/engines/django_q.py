@@ -20,6 +20,7 @@ from django.core.checks import CheckMessage, Warning  # noqa: A004
 from django.db import connections, router, transaction
 from django.utils import timezone
 
+from .. import telemetry
 from ..conf import get_settings
 from ..exceptions import ImproperSetting
 from ..recurrence import Recurrence
@@ -63,6 +64,7 @@ class DjangoQEngine:
         def on_spawn(**_: Any) -> None:
             if not Conf.SYNC:
                 # Not atexit, which a forked process does not heed before Python 3.13.
+                Finalize(None, telemetry.flush, exitpriority=0)
                 Finalize(None, on_worker_start(), exitpriority=1)
 
         post_spawn.connect(on_spawn, weak=False, dispatch_uid="ebbs_and_flows")

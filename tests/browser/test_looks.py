@@ -26,6 +26,8 @@ def flows_in_every_state() -> tuple[FlowExecution, FlowExecution]:
     line = {"at": "2026-01-01T00:00:00Z", "level": "WARNING", "logger": "shop", "message": "503"}
     attempts = TaskExecution.objects.filter(flow_execution=stopped, task_index=1)
     attempts.update(log=json.dumps(line))
+    trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    FlowExecution.objects.filter(pk=stopped.pk).update(traceparent=trace)
     waiting = flow_runner.schedule_flow("billing")
     FlowExecution.objects.filter(pk=waiting.pk).update(
         run_at=timezone.now() - timedelta(minutes=5)
