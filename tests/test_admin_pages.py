@@ -28,6 +28,7 @@ from ebbs_and_flows.models import (
     TaskExecution,
     WorkerProcess,
 )
+from ebbs_and_flows.testing import fail_task, move_clock
 
 from .operators import LIST, TEMPLATES, billing, charge, failed, first, page, registered, succeeded
 
@@ -51,6 +52,19 @@ def entry(flow: FlowExecution, name: str) -> int:
 
 def logged() -> list[str]:
     return list(LogEntry.objects.order_by("pk").values_list("change_message", flat=True))
+
+
+# One flow
+
+
+def test_the_days_that_a_flow_lay_failed_are_told_from_its_work(admin_client: Client) -> None:
+    with fail_task("billing", "charge"):
+        flow = failed("")
+    shown = f"{LIST}{flow.pk}/change/"
+    assert "at work for" not in page(admin_client, shown)
+    move_clock(timedelta(days=3))
+    flow_runner.run_flow_execution(flow_runner.reschedule_flow_execution(flow))
+    assert re.search(r"3 d 0 h, at work for \d+ ms of it", page(admin_client, shown))
 
 
 # Rerun from…

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from datetime import timedelta
 from io import StringIO
 from pathlib import Path
@@ -21,6 +22,7 @@ from ebbs_and_flows.models import (
     FlowTransition,
     TaskExecution,
 )
+from ebbs_and_flows.testing import fail_task, move_clock
 
 pytestmark = pytest.mark.django_db
 
@@ -135,6 +137,34 @@ def test_showflows_lists_and_details_without_values(
     assert "Entries: secret." in detail
     assert "tell-nobody" not in detail
     assert json.loads(run("showflows", str(failed.pk), "--json"))["id"] == failed.pk
+
+
+MOMENT = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d CES?T"
+
+
+def test_times_have_one_form_everywhere(folder: str) -> None:
+    said = run("scheduleflow", "shop-fails", "--at", "2030-10-27T02:30+01:00")
+    # This hour comes twice in Berlin.
+    assert said.strip().endswith("is scheduled for 2030-10-27 02:30:00 CET.")
+    run("scheduleflow", "shop-quick", "--entry", folder)
+    took = r"(< 1|\d+) ms"
+    assert re.search(rf"SUCCEEDED \(2 of 2 tasks\) in {took}\n", run("runflows"))
+    assert re.search(rf"2 of 2  {MOMENT}  {MOMENT}  {took}\n", run("showflows"))
+    done = FlowExecution.objects.get(status=FlowStatus.SUCCEEDED)
+    assert re.search(rf"SUCCEEDED  {MOMENT}  {took}\n", run("showflows", str(done.pk)))
+
+
+def test_showflows_tells_the_days_that_a_flow_lay_failed_from_its_work(folder: str) -> None:
+    with fail_task("shop-quick", "last"):
+        run("scheduleflow", "shop-quick", "--entry", folder)
+        run("runflows", code=1)
+    flow = FlowExecution.objects.get()
+    assert "At work" not in run("showflows", str(flow.pk))
+    move_clock(timedelta(days=3))
+    run("rerunflow", str(flow.pk))
+    run("runflows")
+    shown = run("showflows", str(flow.pk))
+    assert re.search(r"At work for \d+ ms of the 3 d 0 h that it took\.\n", shown)
 
 
 def test_rerunflow_continues_what_failed_and_forks_what_succeeded(folder: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any
 
 from django.template.defaultfilters import date as format_date
@@ -80,24 +80,6 @@ def first_line(headline: str, error_type: str) -> str:
     if "." in error_type and line.startswith(error_type):
         line = error_type.rpartition(".")[2] + line[len(error_type) :]
     return line
-
-
-def duration(value: timedelta | None) -> str:
-    """Return a duration in the one or two units that matter."""
-    if value is None:
-        return ""
-    seconds = max(value.total_seconds(), 0)
-    if seconds < 0.001:
-        return "< 1 ms"
-    if seconds < 1:
-        return f"{seconds * 1000:.0f} ms"
-    if seconds < 59.95:
-        return f"{seconds:.1f} s"
-    seconds = round(seconds)
-    minutes, hours = seconds // 60, seconds // 3600
-    if hours < 1:
-        return f"{minutes} min {seconds % 60} s"
-    return f"{hours} h {minutes % 60} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
 
 
 def in_words(seconds: float) -> str:

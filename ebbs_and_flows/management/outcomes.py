@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 from django.utils import timezone
 
+from ..durations import duration
 from ..models import FlowExecution, TaskExecution
 from ..service import flow_service
 from ..status import FlowStatus
@@ -39,9 +40,14 @@ class Outcome:
         return f"{self.done} of {self.tasks}"
 
     @property
+    def took(self) -> str:
+        """How long it took from its first start to its end, waits and all."""
+        return "" if self.seconds is None else duration(timedelta(seconds=self.seconds))
+
+    @property
     def line(self) -> str:
         """The outcome in one line."""
-        took = "" if self.seconds is None else f" in {self.seconds:.1f} s"
+        took = "" if self.seconds is None else f" in {self.took}"
         wrong = f": {self.failed_task}: {self.error}" if self.error else ""
         when = ""
         if self.status == FlowStatus.RESCHEDULED:
@@ -81,8 +87,8 @@ def outcomes(flows: Iterable[FlowExecution]) -> list[Outcome]:
 
 
 def local(moment: datetime | None) -> str:
-    """Return a moment in the project's time zone, to the second; empty for none."""
-    return "" if moment is None else f"{timezone.localtime(moment):%Y-%m-%d %H:%M:%S}"
+    """Return a moment in the project's time zone, which is named, to the second; or nothing."""
+    return "" if moment is None else f"{timezone.localtime(moment):%Y-%m-%d %H:%M:%S %Z}"
 
 
 def printable(text: str) -> str:
@@ -135,7 +141,7 @@ def overview(listed: list[Outcome]) -> str:
                     row.progress,
                     local(row.run_at),
                     local(row.started_at),
-                    "" if row.seconds is None else f"{row.seconds:.1f} s",
+                    row.took,
                     f"{row.failed_task}: {row.error}" if row.error else "",
                 ]
                 for row in listed

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 from collections import defaultdict
+from datetime import timedelta
 from typing import Any
 
 from django.core.management import BaseCommand, CommandError
 
+from ...durations import duration, time_at_work
 from ...models import ExecutionContextEntry, FlowExecution, TaskExecution
 from ...service import flow_service
 from ...status import FlowStatus
@@ -98,11 +100,13 @@ class Command(BaseCommand):
         attempts = details.attempts[outcome.id]
         rows = [["TASK", "ATTEMPT", "STATUS", "STARTED", "TOOK"]]
         for row in attempts:
-            seconds = _seconds(row)
-            took = "" if seconds is None else f"{seconds:.2f} s"
+            took = duration(row.duration)
             status = str(row.status)
             rows.append([row.task_name, str(row.attempt), status, local(row.started_at), took])
         self.stdout.write(table(rows))
+        work = _time_at_work(outcome, attempts)
+        if work is not None:
+            self.stdout.write(f"At work for {duration(work)} of the {outcome.took} that it took.")
         for row in attempts:
             if row.output:
                 self.stdout.write(f"\n{row}:\n{printable(row.output)}")
@@ -141,7 +145,7 @@ class _Details:
                     "attempt": row.attempt,
                     "status": str(row.status),
                     "started_at": row.started_at.isoformat(),
-                    "seconds": _seconds(row),
+                    "seconds": None if row.duration is None else row.duration.total_seconds(),
                     "error_type": row.error_type or None,
                     "output": row.output or None,
                 }
@@ -150,7 +154,8 @@ class _Details:
         }
 
 
-def _seconds(attempt: TaskExecution) -> float | None:
-    if attempt.finished_at is None:
+def _time_at_work(outcome: Outcome, attempts: list[TaskExecution]) -> timedelta | None:
+    if outcome.seconds is None:
         return None
-    return (attempt.finished_at - attempt.started_at).total_seconds()
+    spans = ((row.started_at, row.finished_at) for row in attempts)
+    return time_at_work(spans, timedelta(seconds=outcome.seconds))
