@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from datetime import datetime
-from typing import Any
 
 from django.template.defaultfilters import date as format_date
 from django.utils import timezone
@@ -13,6 +11,7 @@ from django.utils.safestring import SafeString
 from django.utils.translation import gettext as _
 from django.utils.translation import ngettext
 
+from .. import monitoring
 from ..conf import get_settings
 from ..models import FlowExecution
 from ..status import FlowStatus, TaskStatus
@@ -50,15 +49,10 @@ def progress(flow: FlowExecution) -> SafeString:
 
 def reported_progress(flow: FlowExecution, running_attempt: int | None) -> SafeString | str:
     """Return what the attempt in progress says of itself: a bar, numbers, a message."""
-    try:
-        report: Any = json.loads(flow.task_progress or "null")
-        done, total = report["done"], report["total"]
-        is_current = report["task_execution"] == running_attempt
-    except (ValueError, TypeError, KeyError):
+    report = monitoring.reported_progress(flow, running_attempt)
+    if report is None:
         return ""
-    if not is_current or flow.status != FlowStatus.RUNNING:
-        return ""
-    message = str(report.get("message") or "")[:200]
+    done, total, message = report.done, report.total, report.message
     if not total:
         words = _("%(done)s done") % {"done": done}
         return format_html('<span class="ebbs-reported">{} <bdi>{}</bdi></span>', words, message)

@@ -10,7 +10,7 @@ from typing import Any
 from django.utils import timezone
 
 from ..durations import duration
-from ..models import FlowExecution, TaskExecution
+from ..models import FlowExecution
 from ..service import flow_service
 from ..status import FlowStatus
 
@@ -82,7 +82,10 @@ def outcomes(flows: Iterable[FlowExecution]) -> list[Outcome]:
     for start in range(0, len(listed), PAGE):
         page = listed[start : start + PAGE]
         failures = flow_service.get_failures(page)
-        found.extend(_outcome(flow, failures.get(flow.pk)) for flow in page)
+        for flow in page:
+            failure = failures.get(flow.pk)
+            wrong = () if failure is None else (failure.task_name, failure.output)
+            found.append(outcome(flow, *wrong))
     return found
 
 
@@ -99,8 +102,9 @@ def printable(text: str) -> str:
     )
 
 
-def _outcome(flow: FlowExecution, failure: TaskExecution | None) -> Outcome:
-    first_line = printable(failure.output.partition("\n")[0]) if failure else ""
+def outcome(flow: FlowExecution, failed_task: str = "", output: str = "") -> Outcome:
+    """Return one flow's outcome; the failed task and its output are given, where there are."""
+    first_line = printable(output.partition("\n")[0])
     return Outcome(
         id=flow.pk,
         template=flow.template_name,
@@ -111,7 +115,7 @@ def _outcome(flow: FlowExecution, failure: TaskExecution | None) -> Outcome:
         run_at=flow.run_at,
         started_at=flow.started_at,
         seconds=None if flow.duration is None else flow.duration.total_seconds(),
-        failed_task=failure.task_name if failure else "",
+        failed_task=failed_task,
         error=first_line if len(first_line) <= 160 else first_line[:159] + "…",
     )
 
