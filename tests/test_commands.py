@@ -174,12 +174,33 @@ def test_rerunflow_continues_what_failed_and_forks_what_succeeded(folder: str) -
     failed = FlowExecution.objects.get(status=FlowStatus.FAILED)
     done = FlowExecution.objects.get(status=FlowStatus.SUCCEEDED)
     assert "continues at task 'fail'" in run("rerunflow", str(failed.pk))
-    assert f"a rerun of shop-quick #{done.pk} from task 'first'" in run("rerunflow", str(done.pk))
-    run("rerunflow", str(done.pk), "--from-task", "last", "--entry", "extra=1")
+    would = run("rerunflow", str(done.pk), "--dry-run")
+    assert would == f"shop-quick #{done.pk} had succeeded: it would run again from the start.\n"
+    said = run("rerunflow", str(done.pk))
+    again = FlowExecution.objects.latest("pk")
+    assert said == (
+        f"shop-quick #{done.pk} had succeeded: it runs again from the start, as {again}.\n"
+    )
+    flow_runner.cancel_flow_execution(again)
+    assert f"{again} had been cancelled: it runs again" in run("rerunflow", str(again.pk))
+    said = run("rerunflow", str(done.pk), "--from-task", "last", "--entry", "extra=1")
+    assert f"a rerun of shop-quick #{done.pk} from task 'last'" in said
     fork = FlowExecution.objects.latest("pk")
     assert fork.rerun_of_id == done.pk
     assert fork.first_task_index == 1
     assert fork.execution_context["extra"] == 1
+
+
+def test_a_dry_run_of_rerunflow_changes_and_enqueues_nothing(folder: str) -> None:
+    run("scheduleflow", "shop-fails")
+    run("scheduleflow", "shop-quick", "--entry", folder)
+    run("runflows", code=1)
+    models = (FlowExecution, TaskExecution, ExecutionContextEntry, FlowTransition, OrmQ)
+    before = [list(model.objects.order_by("pk").values()) for model in models]
+    ids = [str(pk) for pk in FlowExecution.objects.order_by("pk").values_list("pk", flat=True)]
+    assert "would continue at task 'fail'" in run("rerunflow", *ids, "--dry-run")
+    assert "1 flow would be rescheduled" in run("rerunflow", "--failed", "--dry-run")
+    assert [list(model.objects.order_by("pk").values()) for model in models] == before
 
 
 def test_rerunflow_failed_takes_them_all_or_by_template_and_time(folder: str) -> None:
