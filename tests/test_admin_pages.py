@@ -77,6 +77,21 @@ def rerun(client: Client, flow: FlowExecution, task: int, **fields: str) -> Any:
     return client.post(address, {"task": task, **given, **fields})
 
 
+def test_a_text_says_that_it_stands_in_quotes(admin_client: Client) -> None:
+    flow = failed("no")
+    form = admin_client.get(f"{LIST}{flow.pk}/rerun_from/", {"task": 1}).context["form"]
+    hints = {name: form[name].help_text for name in form.fields if name.startswith("value_")}
+    assert hints == {
+        f"value_{entry(flow, 'bad')}": "A text stands in quotes.",
+        f"value_{entry(flow, 'first_result')}": "",
+    }
+    shown = page(admin_client, f"{LIST}{flow.pk}/rerun_from/?task=1")
+    described = f"id_value_{entry(flow, 'bad')}_helptext"
+    assert f'aria-describedby="{described}"' in shown
+    assert f'id="{described}"' in shown
+    assert "As JSON, a text in quotes: &quot;tea&quot;." in shown
+
+
 def test_a_rerun_begins_at_the_chosen_task_with_the_mended_value(admin_client: Client) -> None:
     flow = failed("no")
     response = rerun(admin_client, flow, 1, **{f"value_{entry(flow, 'bad')}": '""'})
@@ -356,6 +371,18 @@ def test_a_template_of_any_name_has_its_pages(admin_client: Client) -> None:
 
 
 # Schedule a run
+
+
+def test_a_run_for_the_past_is_due_now_and_not_ahead_of_what_waits(admin_client: Client) -> None:
+    address = f"{TEMPLATES}billing/schedule/"
+    assert "Empty or past: at once." in page(admin_client, address)
+    waiting = flow_runner.schedule_flow("billing", {})
+    admin_client.post(
+        address, {"context": "", "run_at": "2020-01-02T03:04:05", "key": "", "priority": "0"}
+    )
+    flow = FlowExecution.objects.latest("pk")
+    assert flow.pk != waiting.pk
+    assert flow.run_at >= waiting.run_at
 
 
 def test_a_run_is_scheduled_with_a_context_as_json(admin_client: Client) -> None:
