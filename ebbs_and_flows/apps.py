@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from importlib import import_module
 
-from django.apps import AppConfig
+from django.apps import AppConfig, apps
 from django.core import checks
-from django.utils.module_loading import autodiscover_modules
+from django.utils.module_loading import module_has_submodule
 from django.utils.translation import gettext_lazy as _
 
 from .exceptions import ImproperSetting
+
+
+def _load_flows() -> None:
+    """Import the `flows.py` of each app that has one; an error in it is raised, as admin.py's is.
+
+    Without its templates a process would leave flows undone that it should have run.
+    """
+    for app in apps.get_app_configs():
+        name = f"{app.name}.flows"
+        try:
+            import_module(name)
+        except Exception as error:
+            if app.module is not None and module_has_submodule(app.module, "flows"):
+                error.add_note(f"ebbs_and_flows could not load {name}: mend it, then try again.")
+                raise
 
 
 class EbbsAndFlowsConfig(AppConfig):
@@ -27,7 +43,7 @@ class EbbsAndFlowsConfig(AppConfig):
         from .pacemaker import start
 
         checks.register(check_settings)
-        autodiscover_modules("flows")
+        _load_flows()
         # A bad ENGINE is named by the checks, which could not be run if it were raised here.
         with suppress(ImproperSetting):
             get_engine().connect(start)

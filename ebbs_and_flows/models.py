@@ -283,6 +283,11 @@ class TaskExecution(models.Model):
     def __str__(self) -> str:
         return f"{self.task_name}, attempt {self.attempt}"
 
+    @property
+    def duration(self) -> timedelta | None:
+        """How long the attempt took; None while it is in progress."""
+        return None if self.finished_at is None else self.finished_at - self.started_at
+
 
 class ExecutionContextEntry(models.Model):
     """One named value of a flow's context; written once, never changed."""

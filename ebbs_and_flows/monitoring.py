@@ -5,6 +5,7 @@ What is asked of the database is bounded, however many flows there are.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
@@ -13,9 +14,9 @@ from typing import TYPE_CHECKING
 from django.db import DatabaseError, InterfaceError
 from django.http import HttpRequest, JsonResponse
 
-from .models import WorkerProcess
+from .models import FlowExecution, WorkerProcess
 from .runner import FlowRunner, flow_runner
-from .status import WAITING
+from .status import WAITING, FlowStatus
 
 if TYPE_CHECKING:
     from prometheus_client.core import GaugeMetricFamily
@@ -44,10 +45,13 @@ class Standing:
         return bool(self.workers) or (self.oldest_due_seconds or 0) < TOO_LATE_SECONDS
 
 
-def standing(runner: FlowRunner = flow_runner) -> Standing:
-    """Return how things stand now, by a few small queries. Paused templates are left out."""
+def standing(runner: FlowRunner = flow_runner, *, at: datetime | None = None) -> Standing:
+    """Return how things stand now, by a few small queries. Paused templates are left out.
+
+    Takes the database's time, where it was asked for it already.
+    """
     service = runner.service
-    now = service.repository.now()
+    now = at or service.repository.now()
     oldest = oldest_due_at(now, service.paused_templates(), runner)
     workers = WorkerProcess.objects.using(service.repository.using)
     return Standing(
@@ -75,6 +79,36 @@ def oldest_due_at(
             found.append(row[1])
             row = rows.filter(ready_rank__gt=row[0]).first()
     return min(found, default=None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReportedProgress:
+    """What the attempt in progress says of itself."""
+
+    done: float
+    total: float | None
+    message: str
+
+    @property
+    def words(self) -> str:
+        """All of it, in one line for a terminal."""
+        done = f"{self.done:g} of {self.total:g}" if self.total else f"{self.done:g} done"
+        return f"{done}, {self.message}" if self.message else done
+
+
+def reported_progress(flow: FlowExecution, running_attempt: int | None) -> ReportedProgress | None:
+    """Return what a flow's attempt in progress, whose primary key is given, says of itself."""
+    try:
+        report = json.loads(flow.task_progress or "null")
+        is_current = report["task_execution"] == running_attempt
+        found = ReportedProgress(
+            done=report["done"],
+            total=report["total"],
+            message=str(report.get("message") or "")[:200],
+        )
+    except (ValueError, TypeError, KeyError):
+        return None
+    return found if is_current and flow.status == FlowStatus.RUNNING else None
 
 
 def health(request: HttpRequest) -> JsonResponse:

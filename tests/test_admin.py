@@ -326,8 +326,8 @@ def test_a_user_may_delete_flows_without_a_right_to_each_record() -> None:
 
 
 def test_durations_read_well() -> None:
-    from ebbs_and_flows.admin.pieces import duration
+    from ebbs_and_flows.durations import duration
 
-    shown = [duration(timedelta(seconds=s)) for s in (0.25, 75, 3700, 200_000)]
-    assert shown == ["250 ms", "1 min 15 s", "1 h 1 min", "2 d 7 h"]
+    shown = [duration(timedelta(seconds=s)) for s in (0.25, 0.9997, 75, 3700, 200_000)]
+    assert shown == ["250 ms", "1.0 s", "1 min 15 s", "1 h 1 min", "2 d 7 h"]
     assert duration(None) == ""

@@ -28,6 +28,7 @@ from ebbs_and_flows.models import (
     TaskExecution,
     WorkerProcess,
 )
+from ebbs_and_flows.testing import fail_task, move_clock
 
 from .operators import LIST, TEMPLATES, billing, charge, failed, first, page, registered, succeeded
 
@@ -53,6 +54,19 @@ def logged() -> list[str]:
     return list(LogEntry.objects.order_by("pk").values_list("change_message", flat=True))
 
 
+# One flow
+
+
+def test_the_days_that_a_flow_lay_failed_are_told_from_its_work(admin_client: Client) -> None:
+    with fail_task("billing", "charge"):
+        flow = failed("")
+    shown = f"{LIST}{flow.pk}/change/"
+    assert "at work for" not in page(admin_client, shown)
+    move_clock(timedelta(days=3))
+    flow_runner.run_flow_execution(flow_runner.reschedule_flow_execution(flow))
+    assert re.search(r"3 d 0 h, at work for \d+ ms of it", page(admin_client, shown))
+
+
 # Rerun from…
 
 
@@ -61,6 +75,21 @@ def rerun(client: Client, flow: FlowExecution, task: int, **fields: str) -> Any:
     shown = client.get(address, {"task": task}).context["form"]
     given = {name: shown[name].value() for name in shown.fields if name.startswith("value_")}
     return client.post(address, {"task": task, **given, **fields})
+
+
+def test_a_text_says_that_it_stands_in_quotes(admin_client: Client) -> None:
+    flow = failed("no")
+    form = admin_client.get(f"{LIST}{flow.pk}/rerun_from/", {"task": 1}).context["form"]
+    hints = {name: form[name].help_text for name in form.fields if name.startswith("value_")}
+    assert hints == {
+        f"value_{entry(flow, 'bad')}": "A text stands in quotes.",
+        f"value_{entry(flow, 'first_result')}": "",
+    }
+    shown = page(admin_client, f"{LIST}{flow.pk}/rerun_from/?task=1")
+    described = f"id_value_{entry(flow, 'bad')}_helptext"
+    assert f'aria-describedby="{described}"' in shown
+    assert f'id="{described}"' in shown
+    assert "As JSON, a text in quotes: &quot;tea&quot;." in shown
 
 
 def test_a_rerun_begins_at_the_chosen_task_with_the_mended_value(admin_client: Client) -> None:
@@ -342,6 +371,18 @@ def test_a_template_of_any_name_has_its_pages(admin_client: Client) -> None:
 
 
 # Schedule a run
+
+
+def test_a_run_for_the_past_is_due_now_and_not_ahead_of_what_waits(admin_client: Client) -> None:
+    address = f"{TEMPLATES}billing/schedule/"
+    assert "Empty or past: at once." in page(admin_client, address)
+    waiting = flow_runner.schedule_flow("billing", {})
+    admin_client.post(
+        address, {"context": "", "run_at": "2020-01-02T03:04:05", "key": "", "priority": "0"}
+    )
+    flow = FlowExecution.objects.latest("pk")
+    assert flow.pk != waiting.pk
+    assert flow.run_at >= waiting.run_at
 
 
 def test_a_run_is_scheduled_with_a_context_as_json(admin_client: Client) -> None:

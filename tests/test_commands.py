@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from datetime import timedelta
 from io import StringIO
 from pathlib import Path
@@ -21,6 +22,7 @@ from ebbs_and_flows.models import (
     FlowTransition,
     TaskExecution,
 )
+from ebbs_and_flows.testing import fail_task, move_clock
 
 pytestmark = pytest.mark.django_db
 
@@ -137,6 +139,34 @@ def test_showflows_lists_and_details_without_values(
     assert json.loads(run("showflows", str(failed.pk), "--json"))["id"] == failed.pk
 
 
+MOMENT = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d CES?T"
+
+
+def test_times_have_one_form_everywhere(folder: str) -> None:
+    said = run("scheduleflow", "shop-fails", "--at", "2030-10-27T02:30+01:00")
+    # This hour comes twice in Berlin.
+    assert said.strip().endswith("is scheduled for 2030-10-27 02:30:00 CET.")
+    run("scheduleflow", "shop-quick", "--entry", folder)
+    took = r"(< 1|\d+) ms"
+    assert re.search(rf"SUCCEEDED \(2 of 2 tasks\) in {took}\n", run("runflows"))
+    assert re.search(rf"2 of 2  {MOMENT}  {MOMENT}  {took}\n", run("showflows"))
+    done = FlowExecution.objects.get(status=FlowStatus.SUCCEEDED)
+    assert re.search(rf"SUCCEEDED  {MOMENT}  {took}\n", run("showflows", str(done.pk)))
+
+
+def test_showflows_tells_the_days_that_a_flow_lay_failed_from_its_work(folder: str) -> None:
+    with fail_task("shop-quick", "last"):
+        run("scheduleflow", "shop-quick", "--entry", folder)
+        run("runflows", code=1)
+    flow = FlowExecution.objects.get()
+    assert "At work" not in run("showflows", str(flow.pk))
+    move_clock(timedelta(days=3))
+    run("rerunflow", str(flow.pk))
+    run("runflows")
+    shown = run("showflows", str(flow.pk))
+    assert re.search(r"At work for \d+ ms of the 3 d 0 h that it took\.\n", shown)
+
+
 def test_rerunflow_continues_what_failed_and_forks_what_succeeded(folder: str) -> None:
     run("scheduleflow", "shop-fails")
     run("scheduleflow", "shop-quick", "--entry", folder)
@@ -144,12 +174,33 @@ def test_rerunflow_continues_what_failed_and_forks_what_succeeded(folder: str) -
     failed = FlowExecution.objects.get(status=FlowStatus.FAILED)
     done = FlowExecution.objects.get(status=FlowStatus.SUCCEEDED)
     assert "continues at task 'fail'" in run("rerunflow", str(failed.pk))
-    assert f"a rerun of shop-quick #{done.pk} from task 'first'" in run("rerunflow", str(done.pk))
-    run("rerunflow", str(done.pk), "--from-task", "last", "--entry", "extra=1")
+    would = run("rerunflow", str(done.pk), "--dry-run")
+    assert would == f"shop-quick #{done.pk} had succeeded: it would run again from the start.\n"
+    said = run("rerunflow", str(done.pk))
+    again = FlowExecution.objects.latest("pk")
+    assert said == (
+        f"shop-quick #{done.pk} had succeeded: it runs again from the start, as {again}.\n"
+    )
+    flow_runner.cancel_flow_execution(again)
+    assert f"{again} had been cancelled: it runs again" in run("rerunflow", str(again.pk))
+    said = run("rerunflow", str(done.pk), "--from-task", "last", "--entry", "extra=1")
+    assert f"a rerun of shop-quick #{done.pk} from task 'last'" in said
     fork = FlowExecution.objects.latest("pk")
     assert fork.rerun_of_id == done.pk
     assert fork.first_task_index == 1
     assert fork.execution_context["extra"] == 1
+
+
+def test_a_dry_run_of_rerunflow_changes_and_enqueues_nothing(folder: str) -> None:
+    run("scheduleflow", "shop-fails")
+    run("scheduleflow", "shop-quick", "--entry", folder)
+    run("runflows", code=1)
+    models = (FlowExecution, TaskExecution, ExecutionContextEntry, FlowTransition, OrmQ)
+    before = [list(model.objects.order_by("pk").values()) for model in models]
+    ids = [str(pk) for pk in FlowExecution.objects.order_by("pk").values_list("pk", flat=True)]
+    assert "would continue at task 'fail'" in run("rerunflow", *ids, "--dry-run")
+    assert "1 flow would be rescheduled" in run("rerunflow", "--failed", "--dry-run")
+    assert [list(model.objects.order_by("pk").values()) for model in models] == before
 
 
 def test_rerunflow_failed_takes_them_all_or_by_template_and_time(folder: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from typing import Any
 
@@ -11,6 +12,7 @@ from django.test.utils import CaptureQueriesContext
 from django_q.conf import Conf
 from django_q.models import OrmQ, Schedule, Task
 from django_q.scheduler import scheduler
+from django_q.tasks import async_task
 
 from ebbs_and_flows import ExecutionContext, FlowStatus, FlowTemplate, flow_runner, task
 from ebbs_and_flows.engines.django_q import run_due_flows
@@ -43,6 +45,24 @@ def test_a_message_is_sent_in_the_transaction_of_its_flow() -> None:
         raise ZeroDivisionError
     assert not OrmQ.objects.exists()
     assert not FlowExecution.objects.exists()
+
+
+def test_what_is_enqueued_is_not_said_among_a_commands_words() -> None:
+    said: list[str] = []
+    listener = logging.Handler()
+    listener.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    queue = logging.getLogger("django-q")
+    level = queue.level
+    queue.addHandler(listener)
+    queue.setLevel(logging.INFO)
+    try:
+        flow_runner.schedule_flow("queued", {"fails": False})
+        assert (OrmQ.objects.count(), said) == (1, [])
+        async_task("math.sqrt", 4)
+        assert "Enqueued" in said[0]
+    finally:
+        queue.removeHandler(listener)
+        queue.setLevel(level)
 
 
 def test_each_message_says_itself_whether_it_comes_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,12 +20,6 @@ DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 DATABASES = {"default": {"ENGINE": "django.db.backends.sqlite3", "NAME": "db.sqlite3"}}
 INSTALLED_APPS = ["shop"]
 """
-MODELS = """
-from django.db import models
-
-class Order(models.Model):
-    paid = models.BooleanField(default=False)
-"""
 # A bank that is closed at first: the README's story needs a failure that is not retried away.
 BANK = """
 from pathlib import Path
@@ -46,14 +40,13 @@ def blocks(language: str) -> list[str]:
 def project(tmp_path: Path) -> Path:
     python = blocks("python")
     settings = [body for body in python if body.startswith(("# settings", "EBBS", "DATABASES"))]
-    (flows,) = [body for body in python if body.startswith("# shop/flows.py")]
     (tmp_path / "shop" / "migrations").mkdir(parents=True)
     for name in ("shop/__init__.py", "shop/migrations/__init__.py"):
         (tmp_path / name).touch()
     (tmp_path / "project_settings.py").write_text(SETTINGS + "".join(settings))
-    (tmp_path / "shop/models.py").write_text(MODELS)
-    (tmp_path / "shop/bank.py").write_text(BANK)
-    (tmp_path / "shop/flows.py").write_text(flows)
+    for name in ("shop/models.py", "shop/bank.py", "shop/flows.py"):
+        (body,) = [body for body in python if body.startswith(f"# {name}\n")]
+        (tmp_path / name).write_text(body)
     (tmp_path / "manage.py").write_text(
         "import sys\nfrom django.core.management import execute_from_command_line\n"
         "execute_from_command_line(sys.argv)\n"
@@ -83,7 +76,6 @@ def run(project: Path, *arguments: str, code: int = 0) -> str:
 @pytest.mark.processes
 @pytest.mark.own_database
 def test_the_readme_from_the_first_line_to_the_last(project: Path) -> None:
-    run(project, "manage.py", "makemigrations", "shop")
     commands = [
         line.removeprefix("$ python ").partition("#")[0].split()
         for body in blocks("console")
@@ -91,12 +83,22 @@ def test_the_readme_from_the_first_line_to_the_last(project: Path) -> None:
         if line.startswith("$ python ")
     ]
     names = [command[1] for command in commands]
-    assert names == ["migrate", "scheduleflow", "runflows", "showflows", "rerunflow", "runflows"]
-    migrate, schedule, runflows, show, rerun, again = commands
+    assert names == [
+        "migrate", "makemigrations", "migrate", "scheduleflow", "runflows", "showflows",
+        "rerunflow", "runflows",
+    ]  # fmt: skip
+    _, make, migrate, schedule, runflows, show, rerun, again = commands
+    run(project, *make)
     run(project, *migrate)
     run(project, "manage.py", "check", "--fail-level", "WARNING")
     run(project, "-c", "import django; django.setup(); from shop.models import Order\n"
         "Order.objects.create(pk=42)")  # fmt: skip
+    run(project, *schedule)
+    assert "1 flow ran: 1 succeeded." in run(project, *runflows)
+    run(project, "-c", "import django; django.setup(); from shop.models import Order\n"
+        "assert Order.objects.get(pk=42).paid")  # fmt: skip
+
+    (project / "shop/bank.py").write_text(BANK)
     run(project, *schedule)
     assert "1 failed" in run(project, *runflows, code=1)
     assert "RuntimeError: the bank is closed" in run(project, *show)
@@ -129,7 +131,7 @@ def test_the_readme_from_the_first_line_to_the_last(project: Path) -> None:
 
 
 def test_each_block_of_the_readme_is_run_by_a_test() -> None:
-    starts = ("# settings", "EBBS", "DATABASES", "# shop/flows.py", "from ebbs_and_flows")
+    starts = ("# settings", "EBBS", "DATABASES", "# shop/", "from ebbs_and_flows")
     assert all(body.startswith(starts) for body in blocks("python"))
     assert {name for name, _ in BLOCKS} == {"python", "console", "text"}
     makefile = (ROOT / "Makefile").read_text()

@@ -15,11 +15,12 @@ from django.utils import timezone
 from django.utils.safestring import SafeString
 from django.utils.translation import gettext as _
 
+from ..durations import duration
 from ..models import FlowExecution, TaskExecution
 from ..runner import flow_runner
 from ..service import flow_service
 from ..status import FlowStatus, TaskStatus
-from .pieces import duration, first_line, pill
+from .pieces import first_line, pill
 
 MAX_ATTEMPTS = 2_000
 # Whose output and log are on the page; the others are a click away.

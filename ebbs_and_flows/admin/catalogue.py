@@ -18,6 +18,7 @@ from django.utils.safestring import SafeString
 from django.utils.translation import gettext as _
 from django.utils.translation import ngettext
 
+from ..durations import duration
 from ..engines import QueueSchedule, get_engine
 from ..flows import FlowTemplate
 from ..models import FlowExecution, FlowTemplateState
@@ -25,7 +26,7 @@ from ..runner import flow_runner
 from ..service import flow_service
 from ..status import WAITING, FlowStatus
 from .pages import admin_url
-from .pieces import duration, moment
+from .pieces import moment
 from .queries import bounded_counts, flows, rows_of_each, template_names
 from .rules import ShownTask, shown_task, template_rules
 

@@ -14,10 +14,11 @@ from django.utils.html import format_html
 from django.utils.safestring import SafeString
 from django.utils.translation import gettext_lazy, ngettext
 
+from ..durations import duration
 from ..models import FlowExecution, TaskExecution
 from ..service import flow_service
 from ..status import FlowStatus, TaskStatus
-from .pieces import duration, first_line, moment, pill, progress, reported_progress
+from .pieces import first_line, moment, pill, progress, reported_progress
 from .queries import flows, template_names
 
 if TYPE_CHECKING:

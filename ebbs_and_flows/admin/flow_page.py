@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from django.contrib import admin
@@ -10,8 +11,9 @@ from django.template.response import TemplateResponse
 from django.utils import timezone
 from django.utils.translation import gettext as _
 
+from ..durations import duration, time_at_work
 from ..exceptions import TemplateDrift
-from ..models import FlowExecution, FlowTransition
+from ..models import FlowExecution, FlowTransition, TaskExecution
 from ..runner import flow_runner
 from ..service import flow_service
 from ..status import FlowStatus
@@ -19,7 +21,7 @@ from .actions import FLOW_ACTIONS
 from .attempts import MAX_ATTEMPTS, flow_attempts, running_attempt, task_rows
 from .entries import entry_groups
 from .pages import SEE_VALUES, may, page_context
-from .pieces import duration, moment, pill, progress, reported_progress, trace_link
+from .pieces import moment, pill, progress, reported_progress, trace_link
 from .timeline import timeline_rows
 
 MAX_TRANSITIONS = 200
@@ -60,7 +62,7 @@ def flow_page(
         pill=pill(flow.status),
         progress=progress(flow),
         reported=reported_progress(flow, running_attempt(attempts)),
-        facts=_facts(flow),
+        facts=_facts(flow, attempts),
         warnings=_warnings(flow),
         actions=[action for action in actions if not action.is_destructive],
         destructive_actions=[action for action in actions if action.is_destructive],
@@ -84,17 +86,14 @@ def flow_page(
     return TemplateResponse(request, TEMPLATE, context)
 
 
-def _facts(flow: FlowExecution) -> list[tuple[str, Any]]:
-    took = flow.duration
-    if took is None and flow.started_at is not None:
-        took = (flow.finished_at or timezone.now()) - flow.started_at
+def _facts(flow: FlowExecution, attempts: Sequence[TaskExecution]) -> list[tuple[str, Any]]:
     facts = [
         (_("Key"), flow.key),
         (_("Priority"), str(flow.priority)),
         (_("Scheduled for"), moment(flow.run_at)),
         (_("Started"), moment(flow.started_at)),
         (_("Finished"), moment(flow.finished_at)),
-        (_("Took") if flow.is_finished else _("Has taken"), duration(took)),
+        (_("Took") if flow.is_finished else _("Has taken"), _took(flow, attempts)),
         (_("To be over by"), moment(flow.deadline_at)),
         (_("Scheduled by"), flow.created_by),
         (_("Worker"), flow.claimed_by if flow.status == FlowStatus.RUNNING else ""),
@@ -102,6 +101,23 @@ def _facts(flow: FlowExecution) -> list[tuple[str, Any]]:
         (_("Trace"), trace_link(flow.trace_id)),
     ]
     return [(name, value) for name, value in facts if value]
+
+
+def _took(flow: FlowExecution, attempts: Sequence[TaskExecution]) -> str:
+    if flow.started_at is None:
+        return ""
+    now = timezone.now()
+    whole = (flow.finished_at or now) - flow.started_at
+    work = None
+    if len(attempts) < MAX_ATTEMPTS:
+        work = time_at_work(((a.started_at, a.finished_at or now) for a in attempts), whole)
+    if work is None:
+        return duration(whole)
+    # It lay failed for days, say, which nobody takes for its speed.
+    return _("%(whole)s, at work for %(work)s of it") % {
+        "whole": duration(whole),
+        "work": duration(work),
+    }
 
 
 def _warnings(flow: FlowExecution) -> list[str]:

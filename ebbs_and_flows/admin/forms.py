@@ -100,7 +100,7 @@ class ScheduleForm(forms.Form):
         widget=forms.DateTimeInput(
             attrs={"type": "datetime-local", "step": "1"}, format="%Y-%m-%dT%H:%M:%S"
         ),
-        help_text=_("Empty: at once."),
+        help_text=_("Empty or past: at once."),
     )
     key = forms.CharField(
         label=pgettext_lazy("idempotency key", "Key"),

@@ -14,11 +14,11 @@ from django.utils.safestring import SafeString
 from django.utils.translation import gettext as _
 from django.utils.translation import ngettext
 
+from ..durations import duration
 from ..models import FlowExecution, WorkerProcess
 from ..monitoring import ALIVE, oldest_due_at
 from ..service import flow_service
 from ..status import WAITING, FlowStatus
-from .pieces import duration
 from .queries import bounded_counts, flows
 
 MAX_COUNTED = 10_000

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from datetime import datetime, timedelta
-from typing import Any
+from datetime import datetime
 
 from django.template.defaultfilters import date as format_date
 from django.utils import timezone
@@ -13,6 +11,7 @@ from django.utils.safestring import SafeString
 from django.utils.translation import gettext as _
 from django.utils.translation import ngettext
 
+from .. import monitoring
 from ..conf import get_settings
 from ..models import FlowExecution
 from ..status import FlowStatus, TaskStatus
@@ -50,15 +49,10 @@ def progress(flow: FlowExecution) -> SafeString:
 
 def reported_progress(flow: FlowExecution, running_attempt: int | None) -> SafeString | str:
     """Return what the attempt in progress says of itself: a bar, numbers, a message."""
-    try:
-        report: Any = json.loads(flow.task_progress or "null")
-        done, total = report["done"], report["total"]
-        is_current = report["task_execution"] == running_attempt
-    except (ValueError, TypeError, KeyError):
+    report = monitoring.reported_progress(flow, running_attempt)
+    if report is None:
         return ""
-    if not is_current or flow.status != FlowStatus.RUNNING:
-        return ""
-    message = str(report.get("message") or "")[:200]
+    done, total, message = report.done, report.total, report.message
     if not total:
         words = _("%(done)s done") % {"done": done}
         return format_html('<span class="ebbs-reported">{} <bdi>{}</bdi></span>', words, message)
@@ -80,24 +74,6 @@ def first_line(headline: str, error_type: str) -> str:
     if "." in error_type and line.startswith(error_type):
         line = error_type.rpartition(".")[2] + line[len(error_type) :]
     return line
-
-
-def duration(value: timedelta | None) -> str:
-    """Return a duration in the one or two units that matter."""
-    if value is None:
-        return ""
-    seconds = max(value.total_seconds(), 0)
-    if seconds < 0.001:
-        return "< 1 ms"
-    if seconds < 1:
-        return f"{seconds * 1000:.0f} ms"
-    if seconds < 59.95:
-        return f"{seconds:.1f} s"
-    seconds = round(seconds)
-    minutes, hours = seconds // 60, seconds // 3600
-    if hours < 1:
-        return f"{minutes} min {seconds % 60} s"
-    return f"{hours} h {minutes % 60} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
 
 
 def in_words(seconds: float) -> str:

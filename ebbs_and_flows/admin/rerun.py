@@ -57,7 +57,10 @@ class RerunForm(forms.Form):
         label=gettext_lazy("Name"), required=False, max_length=200, strip=False
     )
     other_value = forms.CharField(
-        label=gettext_lazy("Value"), required=False, widget=JsonTextarea(rows=2)
+        label=gettext_lazy("Value"),
+        required=False,
+        widget=JsonTextarea(rows=2),
+        help_text=gettext_lazy('As JSON, a text in quotes: "tea".'),
     )
 
     def __init__(self, entries: list[EditableEntry], flow: FlowExecution, data: Any = None):
@@ -72,6 +75,7 @@ class RerunForm(forms.Form):
                 required=False,
                 initial=entry.value.json,
                 widget=JsonTextarea(rows=rows),
+                help_text=_("A text stands in quotes.") if entry.value.type == "str" else "",
             )
             self.fields[f"retype_{entry.pk}"] = forms.BooleanField(
                 label=gettext_lazy("Another type is meant"), required=False

@@ -92,11 +92,15 @@ def _schedule(
     """Return the flow, or None with the errors put into the forms."""
     key = form.cleaned_data["key"] or None
     known = flow_service.repository.find_by_key(template.name, key) if key else None
+    run_at = form.cleaned_data["run_at"]
+    if run_at is not None and run_at <= flow_service.repository.now():
+        # It would come before what waits already.
+        run_at = None
     try:
         flow = flow_runner.schedule_flow(
             template.name,
             context,
-            run_at=form.cleaned_data["run_at"],
+            run_at=run_at,
             key=key,
             priority=form.cleaned_data["priority"],
             actor=actor(request),

@@ -15,9 +15,9 @@ from django.utils.html import format_html, format_html_join
 from django.utils.safestring import SafeString, mark_safe
 from django.utils.translation import gettext as _
 
+from ..durations import duration
 from ..models import TaskExecution
 from ..status import TaskStatus
-from .pieces import duration
 
 MAX_BARS = 100
 MIN_WIDTH = 0.8

@@ -238,8 +238,21 @@ def run_due_flows() -> None:
 
 
 def _enqueue() -> None:
-    # Acknowledged even if it fails: it is only a hint, and a pacemaker gives another.
-    async_task(ENTRY, save=False, ack_failure=True, group="ebbs_and_flows", broker=_broker())
+    _own.enqueues = True
+    try:
+        # Acknowledged even if it fails: it is only a hint, and a pacemaker gives another.
+        async_task(ENTRY, save=False, ack_failure=True, group="ebbs_and_flows", broker=_broker())
+    finally:
+        _own.enqueues = False
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    # "Enqueued" tells nothing that the flow does not, comes among what a command says, and is
+    # said of a message, too, that is taken back with its transaction.
+    return record.levelno != logging.INFO or not getattr(_own, "enqueues", False)
+
+
+logging.getLogger("django-q").addFilter(_is_news)
 
 
 def _broker() -> Broker:

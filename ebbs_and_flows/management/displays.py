@@ -71,7 +71,7 @@ class Bar:
             self._progress.console.print(outcome.line, markup=False, highlight=False)
 
 
-class _Verbatim:
+class Verbatim:
     """A command's output without the line break that Django adds to every write."""
 
     def __init__(self, out: OutputWrapper) -> None:
@@ -104,5 +104,5 @@ def live_progress(out: OutputWrapper, *, no_color: bool = False) -> Any:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("{task.description}", markup=False),
-        console=Console(file=cast(IO[str], _Verbatim(out)), no_color=no_color or None),
+        console=Console(file=cast(IO[str], Verbatim(out)), no_color=no_color or None),
     )

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 from django.utils import timezone
 
-from ..models import FlowExecution, TaskExecution
+from ..durations import duration
+from ..models import FlowExecution
 from ..service import flow_service
 from ..status import FlowStatus
 
@@ -39,9 +40,14 @@ class Outcome:
         return f"{self.done} of {self.tasks}"
 
     @property
+    def took(self) -> str:
+        """How long it took from its first start to its end, waits and all."""
+        return "" if self.seconds is None else duration(timedelta(seconds=self.seconds))
+
+    @property
     def line(self) -> str:
         """The outcome in one line."""
-        took = "" if self.seconds is None else f" in {self.seconds:.1f} s"
+        took = "" if self.seconds is None else f" in {self.took}"
         wrong = f": {self.failed_task}: {self.error}" if self.error else ""
         when = ""
         if self.status == FlowStatus.RESCHEDULED:
@@ -76,13 +82,16 @@ def outcomes(flows: Iterable[FlowExecution]) -> list[Outcome]:
     for start in range(0, len(listed), PAGE):
         page = listed[start : start + PAGE]
         failures = flow_service.get_failures(page)
-        found.extend(_outcome(flow, failures.get(flow.pk)) for flow in page)
+        for flow in page:
+            failure = failures.get(flow.pk)
+            wrong = () if failure is None else (failure.task_name, failure.output)
+            found.append(outcome(flow, *wrong))
     return found
 
 
 def local(moment: datetime | None) -> str:
-    """Return a moment in the project's time zone, to the second; empty for none."""
-    return "" if moment is None else f"{timezone.localtime(moment):%Y-%m-%d %H:%M:%S}"
+    """Return a moment in the project's time zone, which is named, to the second; or nothing."""
+    return "" if moment is None else f"{timezone.localtime(moment):%Y-%m-%d %H:%M:%S %Z}"
 
 
 def printable(text: str) -> str:
@@ -93,8 +102,9 @@ def printable(text: str) -> str:
     )
 
 
-def _outcome(flow: FlowExecution, failure: TaskExecution | None) -> Outcome:
-    first_line = printable(failure.output.partition("\n")[0]) if failure else ""
+def outcome(flow: FlowExecution, failed_task: str = "", output: str = "") -> Outcome:
+    """Return one flow's outcome; the failed task and its output are given, where there are."""
+    first_line = printable(output.partition("\n")[0])
     return Outcome(
         id=flow.pk,
         template=flow.template_name,
@@ -105,7 +115,7 @@ def _outcome(flow: FlowExecution, failure: TaskExecution | None) -> Outcome:
         run_at=flow.run_at,
         started_at=flow.started_at,
         seconds=None if flow.duration is None else flow.duration.total_seconds(),
-        failed_task=failure.task_name if failure else "",
+        failed_task=failed_task,
         error=first_line if len(first_line) <= 160 else first_line[:159] + "…",
     )
 
@@ -135,7 +145,7 @@ def overview(listed: list[Outcome]) -> str:
                     row.progress,
                     local(row.run_at),
                     local(row.started_at),
-                    "" if row.seconds is None else f"{row.seconds:.1f} s",
+                    row.took,
                     f"{row.failed_task}: {row.error}" if row.error else "",
                 ]
                 for row in listed

@@ -111,6 +111,10 @@ class Command(BaseCommand):
             changes=changes,
             actor=actor("rerunflow"),
         )
+        if flow.status in _RUN_AGAIN and from_task is None:
+            verb = "would run" if dry_run else "runs"
+            again = f"{flow} {_RUN_AGAIN[flow.status]}: it {verb} again from the start"
+            return f"{again}." if dry_run else f"{again}, as {fork}."
         again = f"a rerun of {flow} from task {fork.task_names[fork.first_task_index]!r}."
         return f"It would schedule {again}" if dry_run else f"{fork} is scheduled: {again}"
 
@@ -140,7 +144,11 @@ class Command(BaseCommand):
         return flows if after is None else flows.filter(finished_at__gte=after)
 
 
-_RUN_AGAIN = frozenset({FlowStatus.SUCCEEDED, FlowStatus.CANCELLED})
+# What is forked without being asked to, and what is said of it.
+_RUN_AGAIN: dict[str, str] = {
+    FlowStatus.SUCCEEDED: "had succeeded",
+    FlowStatus.CANCELLED: "had been cancelled",
+}
 
 
 def _in_batches(flows: QuerySet[FlowExecution]) -> Iterator[list[int]]:

@@ -7,10 +7,10 @@ import json
 from typing import Any
 
 from django.core.management import BaseCommand
-from django.utils import timezone
 
 from ...runner import flow_runner
 from ..arguments import actor, entries, moment, refusals
+from ..outcomes import local
 
 
 class Command(BaseCommand):
@@ -77,5 +77,4 @@ class Command(BaseCommand):
         if existed:
             self.stdout.write(f"{name} was there already, with the key {key!r}: {flow.status}.")
         else:
-            when = f"{timezone.localtime(flow.run_at):%Y-%m-%d %H:%M:%S %Z}"
-            self.stdout.write(f"{name} is scheduled for {when}.")
+            self.stdout.write(f"{name} is scheduled for {local(flow.run_at)}.")

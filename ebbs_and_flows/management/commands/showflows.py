@@ -5,15 +5,20 @@ from __future__ import annotations
 import argparse
 import json
 from collections import defaultdict
+from contextlib import AbstractContextManager, nullcontext, suppress
+from datetime import timedelta
 from typing import Any
 
 from django.core.management import BaseCommand, CommandError
 
+from ...durations import duration, time_at_work
 from ...models import ExecutionContextEntry, FlowExecution, TaskExecution
 from ...service import flow_service
 from ...status import FlowStatus
 from ..arguments import flow_ids, known_template, positive, refusals
 from ..outcomes import PAGE, Outcome, local, outcomes, overview, printable, table
+from ..stopping import StopRequest
+from ..watching import NOTHING, Blocks, Selection, watch
 
 
 class Command(BaseCommand):
@@ -39,6 +44,14 @@ class Command(BaseCommand):
             "--values", action="store_true", help="With ids: the stored values of the entries too."
         )
         parser.add_argument("--json", action="store_true", help="A JSON object a line.")
+        parser.add_argument(
+            "--watch",
+            action="store_true",
+            help="Show the list anew again and again, with how things stand, until Ctrl-C.",
+        )
+        parser.add_argument(
+            "--interval", type=float, metavar="SECONDS", help="With --watch: by default 1."
+        )
 
     def handle(self, *args: Any, **options: Any) -> None:
         """Show them."""
@@ -47,11 +60,50 @@ class Command(BaseCommand):
             raise CommandError("--status and --template narrow the list: leave them out with ids.")
         if options["values"] and not options["id"]:
             raise CommandError("--values goes with ids: give the ids of the flows to look into.")
+        if options["watch"]:
+            self._watch(options)
+            return
+        if options["interval"] is not None:
+            raise CommandError("--interval goes with --watch.")
         with refusals():
             if options["id"]:
                 self._show(flow_ids(options["id"]), options["values"], options["json"])
             else:
                 self._list(options)
+
+    def _watch(self, options: dict[str, Any]) -> None:
+        for name in ("id", "json"):
+            if options[name]:
+                raise CommandError(
+                    f"--watch shows the list to people: leave {_GIVEN[name]} out with it."
+                )
+        interval = 1.0 if options["interval"] is None else options["interval"]
+        if not _SHORTEST <= interval <= _LONGEST:
+            raise CommandError(
+                f"--interval {interval:g} cannot be: give {_SHORTEST:g} to {_LONGEST} seconds."
+            )
+        template, limit = options["template"], options["limit"]
+        statuses = [FlowStatus(text.upper()) for text in options["status"] or _SEEN]
+        selection = Selection(
+            statuses=list(dict.fromkeys(statuses)), template=template, limit=limit
+        )
+        with refusals(), StopRequest() as stop, suppress(KeyboardInterrupt, BrokenPipeError):
+            if template is not None:
+                known_template(template)
+            with self._screen(limit, interval, options["no_color"]) as screen:
+                watch(selection, interval, screen, stop)
+
+    def _screen(self, limit: int, interval: float, no_color: bool) -> AbstractContextManager[Any]:
+        """Return a live table where the output is a terminal, else blocks of plain text."""
+        blocks = nullcontext(Blocks(self.stdout, limit))
+        if not self.stdout.isatty():
+            return blocks
+        try:
+            from ..live_table import live_table
+        except ImportError:
+            self.stderr.write("For a live table: pip install 'ebbs-and-flows[progress]'")
+            return blocks
+        return live_table(self.stdout, limit, interval, no_color=no_color) or blocks
 
     def _list(self, options: dict[str, Any]) -> None:
         flows = flow_service.repository.flows.order_by("-pk")
@@ -66,7 +118,7 @@ class Command(BaseCommand):
             for outcome in listed:
                 self.stdout.write(json.dumps(outcome.as_json))
         else:
-            self.stdout.write(overview(listed) if listed else "There are no such flows.")
+            self.stdout.write(overview(listed) if listed else NOTHING)
 
     def _show(self, pks: list[int], values: bool, as_json: bool) -> None:
         flows: dict[int, FlowExecution] = {}
@@ -98,14 +150,22 @@ class Command(BaseCommand):
         attempts = details.attempts[outcome.id]
         rows = [["TASK", "ATTEMPT", "STATUS", "STARTED", "TOOK"]]
         for row in attempts:
-            seconds = _seconds(row)
-            took = "" if seconds is None else f"{seconds:.2f} s"
+            took = duration(row.duration)
             status = str(row.status)
             rows.append([row.task_name, str(row.attempt), status, local(row.started_at), took])
         self.stdout.write(table(rows))
+        work = _time_at_work(outcome, attempts)
+        if work is not None:
+            self.stdout.write(f"At work for {duration(work)} of the {outcome.took} that it took.")
         for row in attempts:
             if row.output:
                 self.stdout.write(f"\n{row}:\n{printable(row.output)}")
+
+
+_SHORTEST, _LONGEST = 0.1, 86_400
+# The first of all is never seen outside of the transaction that makes a flow.
+_SEEN = [status.value for status in FlowStatus if status != FlowStatus.CREATED]
+_GIVEN = {"id": "the ids", "json": "--json"}
 
 
 class _Details:
@@ -141,7 +201,7 @@ class _Details:
                     "attempt": row.attempt,
                     "status": str(row.status),
                     "started_at": row.started_at.isoformat(),
-                    "seconds": _seconds(row),
+                    "seconds": None if row.duration is None else row.duration.total_seconds(),
                     "error_type": row.error_type or None,
                     "output": row.output or None,
                 }
@@ -150,7 +210,8 @@ class _Details:
         }
 
 
-def _seconds(attempt: TaskExecution) -> float | None:
-    if attempt.finished_at is None:
+def _time_at_work(outcome: Outcome, attempts: list[TaskExecution]) -> timedelta | None:
+    if outcome.seconds is None:
         return None
-    return (attempt.finished_at - attempt.started_at).total_seconds()
+    spans = ((row.started_at, row.finished_at) for row in attempts)
+    return time_at_work(spans, timedelta(seconds=outcome.seconds))
