@@ -282,15 +282,20 @@ class ExecutionContext(Mapping[str, Any]):
         return f"<{type(self).__name__}: {', '.join(self) or 'no entries'}>"
 
     def __copy__(self) -> Self:
-        context = self.from_stored(
-            self._stored,
-            flow_execution_id=self.flow_execution_id,
-            task_name=self.task_name,
-            attempt=self.attempt,
-            idempotency_key=self.idempotency_key,
-            attempt_in_progress=self._attempt,
-        )
+        if type(self).__getstate__ is ExecutionContext.__getstate__:
+            context = self.from_stored(
+                self._stored,
+                flow_execution_id=self.flow_execution_id,
+                task_name=self.task_name,
+                attempt=self.attempt,
+                idempotency_key=self.idempotency_key,
+            )
+        else:
+            # A subclass has attributes of its own.
+            context = type(self).__new__(type(self))
+            context.__setstate__(self.__getstate__())
         context._take_entries(self)
+        context._attempt = self._attempt
         context._frozen = False
         return context
 

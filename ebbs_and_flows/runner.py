@@ -413,15 +413,20 @@ class FlowRunner:
         repository.check_no_outer_transaction()
         wanted = CLAIMABLE if statuses is None else statuses
         chosen = self._chosen(templates)
+        at_once = False
         for pause in _CLAIM_PAUSES:
-            run, due = self.service.look_and_claim(chosen.values(), worker_name(), wanted)
+            run, due = self.service.look_and_claim(
+                chosen.values(), worker_name(), wanted, at_once=at_once
+            )
             if run is not None:
                 self._run(run, Worker(self.service, stop=stop, on_task=on_task))
                 return run.ended or self.service.get_flow_execution(run.flow)
             if not due:
                 return None
-            if due.comes_first:
+            if due.comes_first and not at_once:
                 self._keep_house(due)
+                # Something more may have become due meanwhile: it has its turn next time.
+                at_once = True
                 continue
             # Others were faster with all that was seen, or it may not be claimed.
             if not self.service.can_claim(chosen.values(), wanted):

@@ -69,15 +69,17 @@ class StepService:
         statuses: Sequence[FlowStatus] = CLAIMABLE,
     ) -> ClaimedRun | None:
         """Take the best ready flow of the templates and start its attempt, in one transaction."""
-        return self.look_and_claim(templates, worker, statuses)[0]
+        return self.look_and_claim(templates, worker, statuses, at_once=True)[0]
 
     def look_and_claim(
         self,
         templates: Iterable[FlowTemplate],
         worker: str,
         statuses: Sequence[FlowStatus] = CLAIMABLE,
+        *,
+        at_once: bool = False,
     ) -> tuple[ClaimedRun | None, Due]:
-        """Do the same if nothing else comes first; say what else is to be done.
+        """Do the same, unless `at_once` if nothing else comes first; say what else is to be done.
 
         That a flow is ready says nothing of whether its template has reached its `max_running`.
         """
@@ -89,10 +91,12 @@ class StepService:
         }
         names = {name: template.task_names for name, template in offered.items()}
         if not limits:
-            run, due = self.repository.look_and_claim(statuses, names, worker, self._lease)
+            run, due = self.repository.look_and_claim(
+                statuses, names, worker, self._lease, at_once=at_once
+            )
             return self._announced(run), due
         due = self.repository.look(statuses, names)
-        if due.comes_first or not due.ready:
+        if not due.ready or (due.comes_first and not at_once):
             return None, due
 
         def take(free: set[str]) -> ClaimedRun | None:
@@ -484,7 +488,9 @@ class StepService:
         for flow in list(self.repository.expired()[:limit]):
             seen = flow.lease_expires_at - self._lease if flow.lease_expires_at else None
             with self.repository.atomic():
-                if self.interrupt(flow, _lost(flow, seen)):
+                # One that is being written to just now is left for the next look.
+                mine = self.repository.unlocked(self.repository.flows.filter(pk=flow.pk))
+                if mine.exists() and self.interrupt(flow, _lost(flow, seen)):
                     recovered += 1
                     self._trace_lost_attempt(flow)
                     logger.warning(

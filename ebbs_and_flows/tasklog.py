@@ -74,6 +74,10 @@ class Keeper(logging.Handler):
         if max_bytes <= _LAST_LINE:
             yield ""
             return
+        root = logging.getLogger()
+        if self not in root.handlers:
+            # A task before this one has configured logging anew.
+            root.addHandler(self)
         self._log = log = TaskLog(max_bytes)
         token = _current.set(log)
         try:

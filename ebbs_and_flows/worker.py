@@ -235,6 +235,8 @@ class Worker:
         span: telemetry.Attempt,
     ) -> bool:
         """Store that the attempt failed; return whether the flow goes on here after all."""
+        # An atomic task's commit may have failed after its step.
+        run.ended = None
         retry_after, forgive, interrupted, reason = None, False, False, ""
         settings = get_settings()
         if isinstance(error, RetryLater):

@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import threading
 import time
+from datetime import timedelta
+from typing import Any
 
 import pytest
-from django.db import DatabaseError, connection
+from django.db import DatabaseError, connection, connections, transaction
+from django.utils import timezone
 
-from ebbs_and_flows import ExecutionContext, FlowRunner, FlowStatus, FlowTemplate, task
+from ebbs_and_flows import (
+    ExecutionContext,
+    FlowRunner,
+    FlowStatus,
+    FlowTemplate,
+    TaskStatus,
+    task,
+)
 from ebbs_and_flows.models import FlowExecution, FlowTemplateState, TaskExecution
+from ebbs_and_flows.steps import CLAIMABLE
 
 pytestmark = pytest.mark.django_db(transaction=True)
+
+UNRANK = f"UPDATE {FlowExecution._meta.db_table} SET ready_rank = NULL WHERE id = %s"
 
 
 def is_blocked(backend: int) -> bool:
@@ -135,3 +148,105 @@ def test_a_claim_whose_snapshot_is_a_step_old_reads_the_entries_anew(runner: Flo
     assert seen == ["by the other worker"]
     flow.refresh_from_db()
     assert (flow.status, flow.claim) == (FlowStatus.SUCCEEDED, 2)
+
+
+def test_what_becomes_due_all_the_time_keeps_nobody_from_claiming(runner: FlowRunner) -> None:
+    """Ranking what is due comes before a claim, and once."""
+    runner.register_flow_template(FlowTemplate("ready", tasks=[first]))
+    runner.schedule_flows("ready", [None] * 5)
+    due = runner.schedule_flow("ready")
+    repository = runner.service.repository
+
+    def unrank(execute: Any, sql: str, parameters: Any, many: bool, context: Any) -> Any:
+        answer = execute(sql, parameters, many, context)
+        if sql.startswith("UPDATE") and "ready_rank" in sql and sql != UNRANK:
+            # Ranked just now, and here is the next one already.
+            with connection.cursor() as cursor:
+                cursor.execute(UNRANK, [due.pk])
+        return answer
+
+    FlowExecution.objects.filter(pk=due.pk).update(ready_rank=None)
+    assert repository.look(CLAIMABLE, ["ready"]).unranked
+    with connection.execute_wrapper(unrank):
+        ran = [runner.run_next() for _ in range(5)]
+    assert all(flow is not None for flow in ran)
+
+
+@pytest.mark.skipif("connection.vendor == 'sqlite'", reason="it has no locked rows")
+def test_a_row_that_somebody_holds_keeps_nobody_from_claiming(runner: FlowRunner) -> None:
+    runner.register_flow_template(FlowTemplate("ready", tasks=[first]))
+    held, lost, wanted = (runner.schedule_flow("ready") for _ in range(3))
+    assert runner.service.claim_flow(lost, runner.get_flow_template("ready"), "lost")
+    FlowExecution.objects.filter(pk=held.pk).update(ready_rank=None)
+    FlowExecution.objects.filter(pk=lost.pk).update(
+        lease_expires_at=runner.service.repository.now() - timedelta(seconds=1)
+    )
+    locked, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        try:
+            with transaction.atomic():
+                list(FlowExecution.objects.select_for_update().exclude(pk=wanted.pk))
+                locked.set()
+                done.wait(30)
+        finally:
+            connections.close_all()
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    wait = "SET lock_timeout = '2s'"
+    if connection.vendor == "mysql":
+        wait = "SET innodb_lock_wait_timeout = 2"
+    try:
+        assert locked.wait(20)
+        with connection.cursor() as cursor:
+            cursor.execute(wait)
+        claimed = runner.run_next()
+    finally:
+        done.set()
+        holder.join()
+        connection.close()
+    assert claimed is not None
+    assert claimed.pk == wanted.pk
+
+
+def test_a_flow_that_was_set_running_by_hand_for_later_stops_nobody(runner: FlowRunner) -> None:
+    runner.register_flow_template(FlowTemplate("ready", tasks=[first]))
+    later = runner.schedule_flow("ready", run_at=timezone.now() + timedelta(days=1))
+    runner.service.update_flow_status(later, FlowStatus.RUNNING)
+    wanted = runner.schedule_flow("ready")
+    claimed = runner.run_next()
+    assert claimed is not None
+    assert claimed.pk == wanted.pk
+
+
+def test_a_flow_with_an_attempt_by_hand_is_claimed(runner: FlowRunner) -> None:
+    runner.register_flow_template(FlowTemplate("ready", tasks=[first]))
+    flow = runner.schedule_flow("ready")
+    made = runner.service.create_task_execution(flow.pk, 0, "first", attempt=1, claim=0)
+    runner.service.update_task_execution(made.pk, TaskStatus.FAILED)
+    claimed = runner.run_next()
+    assert claimed is not None
+    assert claimed.status == FlowStatus.SUCCEEDED
+    attempts = runner.service.get_flow_task_execution_history(flow)
+    assert [attempt.attempt for attempt in attempts] == [1, 2]
+
+
+def test_i5_a_flow_whose_last_commit_was_refused_is_returned_as_failed(
+    runner: FlowRunner,
+) -> None:
+    def break_a_reference(context: ExecutionContext) -> ExecutionContext:
+        # Found out at the commit, where foreign keys are deferred.
+        now = timezone.now()
+        TaskExecution.objects.create(
+            flow_execution_id=999_999, task_index=0, attempt=1, claim=0, started_at=now
+        )
+        return context
+
+    broken = task(name="broken", atomic=True)(break_a_reference)
+    runner.register_flow_template(FlowTemplate("broken", tasks=[broken]))
+    flow = runner.schedule_flow("broken")
+    returned = runner.run_next()
+    assert returned is not None
+    flow.refresh_from_db()
+    assert (returned.status, flow.status) == (FlowStatus.FAILED, FlowStatus.FAILED)

@@ -117,9 +117,10 @@ def test_a_claim_waits_for_no_other_worker(runner: FlowRunner) -> None:
 
 @pytest.mark.django_db(transaction=True)
 @pytest.mark.skipif(connection.vendor != "postgresql", reason="SKIP LOCKED is PostgreSQL's here")
-def test_eight_workers_claim_without_waiting_for_each_other(runner: FlowRunner) -> None:
+def test_eight_workers_claim_without_waiting_for_what_others_hold(runner: FlowRunner) -> None:
     runner.register_flow_template(template("t"))
-    flows = runner.schedule_flows("t", [None] * 200)
+    flows = [flow.pk for flow in runner.schedule_flows("t", [None] * 200)]
+    held, free = flows[::2], flows[1::2]
     begin = threading.Barrier(8, timeout=20)
     ran: list[int] = []
     errors: list[BaseException] = []
@@ -127,8 +128,8 @@ def test_eight_workers_claim_without_waiting_for_each_other(runner: FlowRunner) 
     def work() -> None:
         try:
             with connection.cursor() as cursor:
-                # Who has to wait for a lock at all gets an error instead.
-                cursor.execute("SET lock_timeout = '1ms'")
+                # Who waits for a flow that is held gets an error: it is held to the end.
+                cursor.execute("SET lock_timeout = '5s'")
             begin.wait()
             while (flow := runner.run_next()) is not None:
                 ran.append(flow.pk)
@@ -138,12 +139,14 @@ def test_eight_workers_claim_without_waiting_for_each_other(runner: FlowRunner) 
             connections.close_all()
 
     workers = [threading.Thread(target=work) for _ in range(8)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(60)
+    with transaction.atomic():
+        list(FlowExecution.objects.select_for_update().filter(pk__in=held))
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join(60)
     assert errors == []
-    assert sorted(ran) == [flow.pk for flow in flows]
+    assert sorted(ran) == free
 
 
 @pytest.mark.django_db(transaction=True)

@@ -326,3 +326,17 @@ def test_an_assignment_is_refused_with_what_to_do_instead() -> None:
     with pytest.raises(FrozenContext, match=r"with_entries\(b=…\)"):
         context["b"] = 2
     assert dict(context) == {"a": 1}
+
+
+def test_a_subclass_with_attributes_of_its_own_keeps_them_in_copies() -> None:
+    class Tagged(ExecutionContext):
+        tag = ""
+
+        def __getstate__(self) -> dict[str, Any]:
+            return {**super().__getstate__(), "tag": self.tag}
+
+    context = Tagged({"a": 1})
+    context.tag = "mine"
+    for copied in (context.copy(), context.with_entries(b=2), copy.deepcopy(context)):
+        assert copied.tag == "mine"
+        assert copied["a"] == 1

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import sqlite3
+import threading
+import weakref
 from typing import Any
 
 import pytest
-from django.db import OperationalError, connection
+from django.db import OperationalError, connection, connections
 
 from ebbs_and_flows import ExecutionContext, FlowRunner, FlowStatus, FlowTemplate, task
 from ebbs_and_flows.models import FlowExecution
@@ -118,7 +121,7 @@ def test_a_name_that_another_session_has_prepared_here_is_the_same_statement(
     for _ in range(4):
         run(runner)
     # As behind a pooler: the server's session knows the names, and this one has forgotten.
-    module._sessions.clear()
+    module._uses.clear()
     for _ in range(4):
         assert run(runner).status == FlowStatus.SUCCEEDED
 
@@ -143,3 +146,58 @@ def test_the_drivers_errors_are_djangos(runner: FlowRunner) -> None:
     finally:
         other.close()
         connection.close()
+
+
+@only_postgresql
+def test_a_plan_that_an_altered_table_outdated_is_made_anew(runner: FlowRunner) -> None:
+    two_tasks(runner)
+    for _ in range(4):
+        run(runner)
+    table = FlowExecution._meta.db_table
+    try:
+        with connection.cursor() as cursor:
+            cursor.execute(f"ALTER TABLE {table} ALTER COLUMN claimed_by TYPE varchar(201)")
+            cursor.execute(f"ALTER TABLE {table} ALTER COLUMN first_task_index TYPE bigint")
+        for _ in range(6):
+            assert run(runner).status == FlowStatus.SUCCEEDED
+        assert len(prepared()) == 3
+    finally:
+        with connection.cursor() as cursor:
+            cursor.execute(f"ALTER TABLE {table} ALTER COLUMN claimed_by TYPE varchar(200)")
+            cursor.execute(f"ALTER TABLE {table} ALTER COLUMN first_task_index TYPE integer")
+
+
+def test_a_connection_that_is_thrown_away_is_not_kept(runner: FlowRunner) -> None:
+    two_tasks(runner)
+    flow = run(runner)
+    thrown_away: list[weakref.ref[Any]] = []
+
+    def look() -> None:
+        for _ in range(4):
+            runner.service.repository.find(flow.pk)
+        wrapper = connections[connection.alias]
+        thrown_away.append(weakref.ref(wrapper))
+        if connection.vendor == "postgresql":
+            thrown_away.append(weakref.ref(wrapper.connection))
+        wrapper.close()
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+    gc.collect()
+    assert [reference() for reference in thrown_away] == [None] * len(thrown_away)
+
+
+@pytest.mark.skipif(connection.vendor == "mysql", reason="nothing goes past Django there")
+def test_a_backend_of_somebody_elses_sees_every_statement() -> None:
+    ours = connections[connection.alias]
+
+    class Backend(type(ours)):  # type: ignore[misc]
+        """As those that choose a tenant's schema with the next cursor."""
+
+    assert direct.goes_direct(ours)
+    theirs = Backend(ours.settings_dict, ours.alias)
+    try:
+        assert not direct.goes_direct(theirs)
+    finally:
+        theirs.close()

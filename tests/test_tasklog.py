@@ -214,3 +214,24 @@ def test_two_tasks_at_once_keep_their_own_records() -> None:
 
     for name, text in zip("ab", asyncio.run(both()), strict=True):
         assert [json.loads(line)["message"] for line in text.splitlines()] == [name] * 3
+
+
+def test_a_task_that_configures_logging_anew_takes_nothing_from_the_next(
+    runner: FlowRunner,
+) -> None:
+    def configure(context: ExecutionContext) -> ExecutionContext:
+        root = logging.getLogger()
+        for handler in list(root.handlers):
+            root.removeHandler(handler)
+        return context
+
+    before = list(logging.getLogger().handlers)
+    tasks = [task(name="configure")(configure), task(name="talk")(talk)]
+    runner.register_flow_template(FlowTemplate("t", tasks=tasks))
+    try:
+        runner.run_flow_execution(runner.schedule_flow("t"))
+    finally:
+        logging.getLogger().handlers[:] = before
+    text = TaskExecution.objects.latest("pk").log
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert messages(lines) == ["card 4242", "charged 3", "told the bank"]

@@ -10,9 +10,9 @@ from datetime import timedelta
 from typing import Any
 
 from django.db import IntegrityError
-from django.db.models import F, Q
+from django.db.models import F, Q, QuerySet, UniqueConstraint
 
-from ..models import FlowExecution, FlowTemplateState
+from ..models import FlowExecution, FlowTemplateState, TaskExecution
 from ..status import WAITING, FlowStatus
 from ..validation import MIN_PRIORITY
 from .database import (
@@ -39,6 +39,12 @@ from .steps import (
 
 # How many candidates one look-up offers where rows cannot be locked and skipped.
 _CANDIDATES = 8
+
+_ATTEMPT_ONCE = next(
+    str(constraint.name)
+    for constraint in TaskExecution._meta.constraints
+    if isinstance(constraint, UniqueConstraint)
+)
 
 # The entries that a claim brings along, in bytes at most; larger ones are not worth packing.
 _MOST_BROUGHT = 65536
@@ -126,10 +132,10 @@ class ClaimRepository(StepRepository):
         )
         lost = (
             f"(SELECT id FROM {FLOW} WHERE status = 'RUNNING' AND ready_rank IS NULL"
-            f" AND (lease_expires_at < {now} OR lease_expires_at IS NULL)"
+            f" AND (lease_expires_at < {now} OR (lease_expires_at IS NULL AND run_at <= {now}))"
             f" ORDER BY ready_rank, run_at LIMIT 1)"
         )
-        return f"COALESCE({waiting})", lost, moment * 3
+        return f"COALESCE({waiting})", lost, moment * 4
 
     def _best(
         self, statuses: Sequence[FlowStatus], names: Sequence[str], limit: int
@@ -154,14 +160,21 @@ class ClaimRepository(StepRepository):
 
     def rank_due(self) -> int:
         """Rank the flows whose moment has come, for the claim to find them; return how many."""
-        unranked = self.flows.filter(IS_FREE, ready_rank=None, run_at__lte=DatabaseNow())
-        ranked = 0
-        while batch := list(unranked.order_by("pk").values_list("pk", flat=True)[:BATCH]):
-            free = self.flows.filter(IS_FREE, pk__in=batch, ready_rank=None)
-            ranked += free.update(ready_rank=-F("priority"))
-            if len(batch) < BATCH:
-                break
+        unranked = self.unlocked(
+            self.flows.filter(IS_FREE, ready_rank=None, run_at__lte=DatabaseNow())
+        )
+        ranked, batch = 0, [0] * BATCH
+        while len(batch) == BATCH:
+            with self.atomic():
+                batch = list(unranked.order_by("pk").values_list("pk", flat=True)[:BATCH])
+                free = self.flows.filter(IS_FREE, pk__in=batch, ready_rank=None)
+                ranked += free.update(ready_rank=-F("priority"))
         return ranked
+
+    def unlocked(self, flows: QuerySet[FlowExecution]) -> QuerySet[FlowExecution]:
+        """Lock the flows for the transaction, without those that another one has locked."""
+        skips = self.connection.features.has_select_for_update_skip_locked
+        return flows.select_for_update(skip_locked=skips)
 
     # What operators have decided on templates
 
@@ -214,15 +227,18 @@ class ClaimRepository(StepRepository):
         templates: Mapping[str, Sequence[str]],
         worker: str,
         lease: timedelta,
+        *,
+        at_once: bool = False,
     ) -> tuple[ClaimedRun | None, Due]:
         """Take the best ready flow, as `claim_due` does; say what else is to be done.
 
-        Nothing is taken as long as some flow is to be ranked or taken back: it may be the best.
+        Unless `at_once`, nothing is taken where some flow is to be ranked or taken back: it may
+        be the best.
         """
         if self.in_one_statement:
-            return self._claim_in_one(statuses, templates, worker, lease)
+            return self._claim_in_one(statuses, templates, worker, lease, at_once=at_once)
         due = self.look(statuses, templates)
-        if due.comes_first or not due.ready:
+        if not due.ready or (due.comes_first and not at_once):
             return None, due
         return self.claim_due(statuses, templates, worker, lease), due
 
@@ -241,10 +257,11 @@ class ClaimRepository(StepRepository):
         if not templates:
             return None
         if self.in_one_statement:
-            return self._claim_in_one(statuses, templates, worker, lease)[0]
+            return self._claim_in_one(statuses, templates, worker, lease, at_once=True)[0]
         with self.brief_transaction() as cursor:
-            for flow in self._candidates(cursor, statuses, templates):
-                run = self._claim(cursor, flow, templates[flow.template_name], worker, lease)
+            for flow, last in self._candidates(cursor, statuses, templates):
+                names = templates[flow.template_name]
+                run = self._claim(cursor, flow, names, worker, lease, last)
                 if run is not None:
                     return run
         return None
@@ -254,7 +271,8 @@ class ClaimRepository(StepRepository):
     ) -> ClaimedRun | None:
         """Take a flow, due or not, if it is still as it was read; start its attempt."""
         with self.brief_transaction() as cursor:
-            return self._claim(cursor, flow, task_names, worker, lease)
+            last = self.last_attempt(flow.pk, flow.current_task_index)
+            return self._claim(cursor, flow, task_names, worker, lease, last)
 
     def _is_ready(self, statuses: Sequence[FlowStatus]) -> tuple[str, list[Any]]:
         """Return the condition, and its parameters, on a flow that may be claimed."""
@@ -269,22 +287,28 @@ class ClaimRepository(StepRepository):
 
     def _candidates(
         self, cursor: Any, statuses: Sequence[FlowStatus], templates: Iterable[str]
-    ) -> list[FlowExecution]:
-        """Return the best ready flows: one index range a template that is not paused."""
+    ) -> list[tuple[FlowExecution, int]]:
+        """Return the best ready flows, each with the number of the last attempt at its task.
+
+        By one index range a template that is not paused.
+        """
         cursor.execute(f"SELECT template_name FROM {STATE} WHERE paused_at IS NOT NULL")
         names = sorted(set(templates) - {name for (name,) in cursor.fetchall()})
         # In SQLite's immediate transaction nobody can be faster.
         limit = 1 if cursor.db.vendor == "sqlite" else _CANDIDATES
-        found: list[FlowExecution] = []
+        found: list[tuple[FlowExecution, int]] = []
         for start in range(0, len(names), BATCH):
             best, parameters = self._best(statuses, names[start : start + BATCH], limit)
             cursor.execute(
-                f"SELECT {COLUMNS} FROM {FLOW} f JOIN ({best}) AS b ON b.id = f.id"
+                f"SELECT {COLUMNS}, (SELECT MAX(a.attempt) FROM {ATTEMPT} a"
+                f" WHERE a.flow_execution_id = f.id AND a.task_index = f.current_task_index)"
+                f" AS last_attempt FROM {FLOW} f JOIN ({best}) AS b ON b.id = f.id"
                 f" ORDER BY f.ready_rank, f.run_at, f.id LIMIT {limit}",
                 parameters,
             )
-            found += [read_flow(cursor.db, row) for row in fetch(cursor).by_column()]
-        return sorted(found, key=lambda flow: (-flow.priority, flow.run_at, flow.pk))
+            rows = fetch(cursor).by_column()
+            found += [(read_flow(cursor.db, row), row["last_attempt"] or 0) for row in rows]
+        return sorted(found, key=lambda item: (-item[0].priority, item[0].run_at, item[0].pk))
 
     def _claim(
         self,
@@ -293,6 +317,7 @@ class ClaimRepository(StepRepository):
         task_names: Sequence[str],
         worker: str,
         lease: timedelta,
+        last_attempt: int,
     ) -> ClaimedRun | None:
         """Take a flow by compare-and-swap, in the caller's transaction."""
         now, moment = clock = now_sql(cursor.db)
@@ -318,9 +343,7 @@ class ClaimRepository(StepRepository):
             # RUNNING -> RUNNING is recorded by the attempts themselves.
             insert_transition(cursor, run, run.claimed_from, FlowStatus.RUNNING, clock)
         if run.task_index < len(task_names):
-            # A flow that nobody has claimed before has no attempts.
-            last = self.last_attempt(flow.pk, run.task_index) if flow.claim else 0
-            start_attempt(cursor, run, task_names[run.task_index], last + 1, clock)
+            start_attempt(cursor, run, task_names[run.task_index], last_attempt + 1, clock)
         return run
 
     def _claim_in_one(
@@ -329,6 +352,8 @@ class ClaimRepository(StepRepository):
         templates: Mapping[str, Sequence[str]],
         worker: str,
         lease: timedelta,
+        *,
+        at_once: bool,
     ) -> tuple[ClaimedRun | None, Due]:
         """Take the best ready flow that no other worker has locked, in one statement.
 
@@ -345,7 +370,7 @@ class ClaimRepository(StepRepository):
                 SELECT {waiting} IS NOT NULL AS unranked, {lost} IS NOT NULL AS expired
             ), known AS (
                 SELECT * FROM jsonb_each(%s::jsonb) AS t (name, tasks)
-                WHERE NOT (SELECT unranked OR expired FROM seen)
+                WHERE {"TRUE" if at_once else "NOT (SELECT unranked OR expired FROM seen)"}
                 AND NOT EXISTS (SELECT 1 FROM {STATE} s
                     WHERE s.template_name = t.name AND s.paused_at IS NOT NULL)
             ), ranked AS (
@@ -395,7 +420,10 @@ class ClaimRepository(StepRepository):
         try:
             with self.one_statement():
                 row = execute_prepared(connection, sql, parameters).one()
-        except IntegrityError:
+        except IntegrityError as error:
+            diagnosis = getattr(error.__cause__, "diag", None)
+            if getattr(diagnosis, "constraint_name", None) != _ATTEMPT_ONCE:
+                raise
             # A statement locks the flow as it is, and numbers the attempt by what it saw when it
             # began: another worker was faster by a whole attempt in between.
             return None, Due(ready=True, unranked=False, expired=False)

@@ -7,7 +7,7 @@ takes as long. Who watches a connection, by its query log or by `execute_wrapper
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from functools import lru_cache
 from typing import Any
 
@@ -15,9 +15,16 @@ from typing import Any
 def goes_direct(connection: Any) -> bool:
     """Open the connection; return whether its statements may go past Django.
 
-    Not where somebody watches them, nor within a transaction, which is Django's affair.
+    Not where somebody watches them, nor within a transaction, which is Django's affair, nor with
+    a backend of somebody else's, whose cursors may do more than Django's: choose a tenant's
+    schema, say.
     """
-    if connection.in_atomic_block or connection.execute_wrappers or connection.queries_logged:
+    if (
+        connection.in_atomic_block
+        or connection.execute_wrappers
+        or connection.queries_logged
+        or not type(connection).__module__.startswith("django.")
+    ):
         return False
     connection.close_if_health_check_failed()
     return bool(connection.get_autocommit())
@@ -38,14 +45,18 @@ def own_cursor(connection: Any) -> Iterator[Any]:
 class _SQLiteCursor:
     """The driver's cursor; what Django's has that is used here."""
 
-    __slots__ = ("_raw", "close", "db", "fetchall", "fetchone")
+    __slots__ = ("_raw", "db", "fetchall", "fetchone")
 
     def __init__(self, connection: Any) -> None:
         self.db = connection
         self._raw = raw = connection.connection.cursor()
         self.fetchone = raw.fetchone
         self.fetchall = raw.fetchall
-        self.close = raw.close
+
+    def close(self) -> None:
+        """Close it, if its connection is not closed already."""
+        with suppress(self.db.Database.Error):
+            self._raw.close()
 
     def execute(self, sql: str, parameters: Sequence[Any] = ()) -> None:
         """Make a statement."""

@@ -18,33 +18,28 @@ from psycopg.pq import ExecStatus
 from .rows import Rows
 
 
-class Session:
-    """A connection of psycopg's, and which statements it has made how often."""
+def prepare(raw: Connection[Any], name: bytes, sql: str) -> None:
+    """Have the server plan a statement with `$1`, `$2`… under a name of its own."""
+    raw.pgconn.send_prepare(name, sql.encode())
+    # Behind a pooler, this connection to the server was another session's before.
+    with suppress(errors.DuplicatePreparedStatement):
+        _result(raw)
 
-    def __init__(self, raw: Connection[Any]) -> None:
-        self._raw = raw
-        self._transformer = Transformer(raw)
-        self.uses: dict[str, int] = {}
 
-    def prepare(self, name: bytes, sql: str) -> None:
-        """Have the server plan a statement with `$1`, `$2`… under a name of its own."""
-        self._raw.pgconn.send_prepare(name, sql.encode())
-        # Behind a pooler, this connection to the server was another session's before.
-        with suppress(errors.DuplicatePreparedStatement):
-            self._result()
+def execute(raw: Connection[Any], name: bytes, parameters: Sequence[Any]) -> Rows:
+    """Make a statement that was prepared; raises psycopg's errors."""
+    transformer = Transformer(raw)
+    texts = transformer.dump_sequence(parameters, [PyFormat.TEXT] * len(parameters))
+    raw.pgconn.send_query_prepared(name, texts)
+    result = _result(raw)
+    transformer.set_pgresult(result)
+    rows = transformer.load_rows(0, result.ntuples, tuple)
+    columns = [(result.fname(number) or b"").decode() for number in range(result.nfields)]
+    return Rows(columns, rows)
 
-    def execute(self, name: bytes, parameters: Sequence[Any]) -> Rows:
-        """Make a statement that was prepared; raises psycopg's errors."""
-        texts = self._transformer.dump_sequence(parameters, [PyFormat.TEXT] * len(parameters))
-        self._raw.pgconn.send_query_prepared(name, texts)
-        result = self._result()
-        self._transformer.set_pgresult(result)
-        rows = self._transformer.load_rows(0, result.ntuples, tuple)
-        columns = [(result.fname(number) or b"").decode() for number in range(result.nfields)]
-        return Rows(columns, rows)
 
-    def _result(self) -> Any:
-        result = self._raw.wait(generators.execute(self._raw.pgconn))[-1]
-        if result.status not in (ExecStatus.TUPLES_OK, ExecStatus.COMMAND_OK):
-            raise errors.error_from_result(result)
-        return result
+def _result(raw: Connection[Any]) -> Any:
+    result = raw.wait(generators.execute(raw.pgconn))[-1]
+    if result.status not in (ExecStatus.TUPLES_OK, ExecStatus.COMMAND_OK):
+        raise errors.error_from_result(result)
+    return result

@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from functools import cache
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from django.db import DatabaseError
@@ -20,55 +20,49 @@ from django.db import DatabaseError
 from .direct import goes_direct, own_cursor
 from .rows import Rows, fetch
 
-if TYPE_CHECKING:
-    from .libpq import Session
-
 _PREPARED_AFTER = 2
 """How often a connection makes a statement before it prepares it."""
 _UNKNOWN_NAME = "26000"
-"""PostgreSQL documentation, appendix A."""
+_OUTDATED_PLAN = "0A000"
+"""PostgreSQL documentation, appendix A; the second one after a table was altered."""
 
-_sessions: WeakKeyDictionary[Any, Session] = WeakKeyDictionary()
+# By connection of the driver's, how often it has made which statement.
+_uses: WeakKeyDictionary[Any, dict[str, int]] = WeakKeyDictionary()
 
 
 def execute_prepared(connection: Any, sql: str, parameters: Sequence[Any]) -> Rows:
-    """Make a statement that this connection makes often; each `%s` needs a type that is plain."""
-    session = _session(connection)
-    if session is None:
+    """Make a statement that this connection makes often; each `%s` needs a type that is plain.
+
+    It is made unprepared within a transaction, which an unknown name would undo, and where
+    somebody wants to see each statement.
+    """
+    raw: Any = connection.connection if goes_direct(connection) else None
+    if not hasattr(raw, "pgconn"):
         return _execute(connection, sql, parameters)
-    used = session.uses.get(sql, 0)
-    session.uses[sql] = used + 1
+    from . import libpq
+
+    uses = _uses.setdefault(raw, {})
+    used = uses.get(sql, 0)
+    uses[sql] = used + 1
     if used < _PREPARED_AFTER:
         return _execute(connection, sql, parameters)
     name, text = _prepared_form(sql)
     try:
         with connection.wrap_database_errors:
             if used == _PREPARED_AFTER:
-                session.prepare(name, text)
-            return session.execute(name, parameters)
+                libpq.prepare(raw, name, text)
+            return libpq.execute(raw, name, parameters)
     except DatabaseError as error:
         # Begin anew: another connection's turn, or a session that was reset.
-        del session.uses[sql]
-        if getattr(error.__cause__, "sqlstate", None) != _UNKNOWN_NAME:
+        del uses[sql]
+        state = getattr(error.__cause__, "sqlstate", None)
+        if state not in (_UNKNOWN_NAME, _OUTDATED_PLAN):
             raise
+        if state == _OUTDATED_PLAN:
+            with connection.cursor() as cursor:
+                cursor.execute(f"DEALLOCATE {name.decode()}")
+        # Nothing was done yet.
         return _execute(connection, sql, parameters)
-
-
-def _session(connection: Any) -> Session | None:
-    """Return the connection's session with PostgreSQL; None where nothing is to be prepared.
-
-    So it is within a transaction, which an unknown name would undo, and where somebody wants to
-    see each statement, by the query log or a wrapper.
-    """
-    if connection.vendor != "postgresql" or not goes_direct(connection):
-        return None
-    raw = connection.connection
-    session = _sessions.get(raw)
-    if session is None and hasattr(raw, "pgconn"):
-        from .libpq import Session
-
-        session = _sessions[raw] = Session(raw)
-    return session
 
 
 def _execute(connection: Any, sql: str, parameters: Sequence[Any]) -> Rows:

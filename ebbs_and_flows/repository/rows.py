@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from django.db.models.expressions import Col
 
@@ -26,8 +25,7 @@ COLUMNS = ", ".join(f"f.{column}" for column in _FIELDS)
 """The columns of a flow, of a table that is called `f`."""
 
 _Converter = Callable[[Any, Any, Any], Any]
-# The columns of a flow in the order of their model's fields, each with what makes its value.
-_converters: WeakKeyDictionary[Any, dict[str, list[tuple[_Converter, Any]]]] = WeakKeyDictionary()
+_CONVERTERS = "_ebbs_and_flows_converters"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +51,11 @@ def fetch(cursor: Any) -> Rows:
 
 def read_flow(connection: Any, row: Mapping[str, Any]) -> FlowExecution:
     """Return the flow of a row that has its columns, and maybe others."""
-    converters = _converters.get(connection)
+    # Kept by the connection, which they keep alive.
+    converters = getattr(connection, _CONVERTERS, None)
     if converters is None:
-        converters = _converters[connection] = _find_converters(connection)
+        converters = _find_converters(connection)
+        setattr(connection, _CONVERTERS, converters)
     values = []
     for column, steps in converters.items():
         value = row[column]
@@ -66,6 +66,7 @@ def read_flow(connection: Any, row: Mapping[str, Any]) -> FlowExecution:
 
 
 def _find_converters(connection: Any) -> dict[str, list[tuple[_Converter, Any]]]:
+    """Return the columns of a flow in the order of its fields, each with what makes its value."""
     found = {}
     for column, field in _FIELDS.items():
         expression = Col(FLOW, field)
