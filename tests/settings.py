@@ -110,6 +110,16 @@ elif DATABASE == "sqlite":
 else:
     raise ValueError(f"EBBS_TEST_DATABASE is {DATABASE!r}: give sqlite, postgresql or mariadb.")
 
+# The flows on a database of their own, and a router that sends the app's models there.
+if os.environ.get("EBBS_TEST_ROUTER"):
+    DATABASE_ROUTERS = ["tests.router.FlowsElsewhere"]
+    first = DATABASES["default"]
+    DATABASES["flows"] = {
+        **first,
+        "NAME": os.environ.get("EBBS_TEST_FLOWS_NAME", "") or f"{first['NAME']}_flows",
+        "TEST": {**first["TEST"], "NAME": f"{first['TEST']['NAME']}_flows"},
+    }
+
 EBBS_AND_FLOWS: dict[str, object] = {
     # Short in the tests that end a worker and wait for its lease to expire.
     "LEASE_SECONDS": float(os.environ.get("EBBS_TEST_LEASE_SECONDS", "30")),
@@ -133,4 +143,4 @@ if os.environ.get("EBBS_TEST_BROKER") == "redis":
         "port": int(os.environ.get("REDIS_PORT", "6379")),
     }
 else:
-    Q_CLUSTER["orm"] = "default"
+    Q_CLUSTER["orm"] = "flows" if "flows" in DATABASES else "default"

@@ -6,10 +6,12 @@ import threading
 import time
 
 import pytest
-from django.db import DatabaseError, connection
+from django.db import DatabaseError
 
 from ebbs_and_flows import ExecutionContext, FlowRunner, FlowStatus, FlowTemplate, task
 from ebbs_and_flows.models import FlowExecution, FlowTemplateState, TaskExecution
+
+from .databases import connection
 
 pytestmark = pytest.mark.django_db(transaction=True)
 

@@ -148,9 +148,9 @@ class Database:
         return transaction.atomic(using=self.using)
 
     @contextmanager
-    def step(self) -> Iterator[None]:
+    def step(self, using: str | None = None) -> Iterator[None]:
         """A transaction that is durable when it ends; raises `OuterTransaction` within another."""
-        block = transaction.atomic(using=self.using, durable=True)
+        block = transaction.atomic(using=using or self.using, durable=True)
         try:
             block.__enter__()
         except RuntimeError:
@@ -229,10 +229,11 @@ class Database:
             return write()
 
     def check_no_outer_transaction(self) -> None:
-        """Raise `OuterTransaction` where a step would not be durable."""
-        if self.connection.in_atomic_block:
-            with self.step():
-                pass
+        """Raise `OuterTransaction` where a step, or what its task writes, would not be durable."""
+        for connection in connections.all(initialized_only=True):
+            if connection.in_atomic_block:
+                with self.step(connection.alias):
+                    pass
 
     def now(self) -> datetime:
         """Return the database's time, aware."""
@@ -245,11 +246,12 @@ class Database:
             now: datetime = cursor.fetchone()[0]
         return now.replace(tzinfo=UTC) if now.tzinfo is None else now
 
-    def drop_broken_connection(self) -> None:
-        """Close the connection if it failed before, so that the next query opens another."""
-        connection = self.connection
-        if connection.connection is not None and connection.errors_occurred:
-            connection.close_if_unusable_or_obsolete()
+    @staticmethod
+    def drop_broken_connections() -> None:
+        """Close those that failed before, tasks' own too, so that the next query opens another."""
+        for connection in connections.all(initialized_only=True):
+            if connection.connection is not None and connection.errors_occurred:
+                connection.close_if_unusable_or_obsolete()
 
 
 def execute(cursor: Any, sql: str, parameters: Sequence[Any]) -> int:
