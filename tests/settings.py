@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 BASE_DIR = Path(__file__).resolve().parent.parent
 
@@ -60,6 +61,7 @@ DATABASE = os.environ.get("EBBS_TEST_DATABASE", "sqlite")
 # A process that a test starts works on the test's own database.
 NAME = os.environ.get("EBBS_TEST_DATABASE_NAME", "")
 
+DATABASES: dict[str, dict[str, Any]]
 if DATABASE == "postgresql":
     DATABASES = {
         "default": {
