@@ -34,6 +34,8 @@ INSTALLED_APPS = [
 # A theme of the admin comes before it.
 if THEME := os.environ.get("EBBS_TEST_THEME", ""):
     INSTALLED_APPS.insert(0, THEME)
+# The one for production takes a good part of a second for each user that a test makes.
+PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]
 MIDDLEWARE = [
     "django.middleware.security.SecurityMiddleware",
     "django.contrib.sessions.middleware.SessionMiddleware",

@@ -6,11 +6,12 @@ import sqlite3
 from typing import Any
 
 import pytest
-from django.db import OperationalError, connection
+from django.db import OperationalError
 
 from ebbs_and_flows import ExecutionContext, FlowRunner, FlowStatus, FlowTemplate, task
 from ebbs_and_flows.models import FlowExecution
 from ebbs_and_flows.repository import direct
+from tests.databases import connection
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
