@@ -16,6 +16,11 @@ demo-once: $(VENV)/demo.stamp
 test: $(VENV)/test.stamp
 	$(BIN)/python tests/on_every_database.py -q -n 2
 
+# The quick part of it on the newest Python that is here, the newest Django, and behind a router.
+.PHONY: corner
+corner:
+	$(PYTHON) tests/on_newest.py $(VENV)/newest -q -n 2
+
 # The suite over the supported Pythons and Djangos, on SQLite.
 versions: $(VENV)/versions.stamp
 	$(BIN)/nox

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def flows(db: None) -> Iterator[FlowTester]:
-    """Run flows inline, have tasks fail, move the clock: a `FlowTester`."""
+    """Run flows inline, have tasks fail, freeze and move the clock: a `FlowTester`."""
     from .testing import FlowTester
 
     tester = FlowTester()
     yield tester
-    tester.work_again()
+    tester.close()

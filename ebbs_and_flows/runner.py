@@ -409,7 +409,7 @@ class FlowRunner:
         the task's name and its status after each attempt.
         """
         repository = self.service.repository
-        repository.drop_broken_connection()
+        repository.drop_broken_connections()
         repository.check_no_outer_transaction()
         wanted = CLAIMABLE if statuses is None else statuses
         chosen = self._chosen(templates)

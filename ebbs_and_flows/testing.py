@@ -1,4 +1,4 @@
-"""For the tests of projects: run flows inline, have tasks fail, move the clock.
+"""For the tests of projects: run flows inline, have tasks fail, freeze and move the clock.
 
 Works within the transactions of Django's `TestCase`, and needs neither queue nor worker.
 """
@@ -9,12 +9,13 @@ import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from django.apps import apps
 from django.db.models import DateTimeField, F
 
+from . import clock
 from .context import ExecutionContext
 from .exceptions import InvalidArgument
 from .models import FlowExecution, TaskExecution
@@ -22,6 +23,7 @@ from .runner import FlowRunner, flow_runner
 from .service import FlowOrPk
 from .status import FlowStatus, TaskStatus
 from .steps import CLAIMABLE
+from .validation import check_moment
 
 MOST_RUNS = 100
 """How often one flow is taken up again before the test is told that it does not end."""
@@ -237,14 +239,38 @@ def crash_task(
     )
 
 
+@contextmanager
+def freeze_clock(
+    at: datetime | None = None, *, runner: FlowRunner = flow_runner
+) -> Iterator[datetime]:
+    """Have the app's clock stand still, by default at the present moment; yield that in UTC.
+
+    All that goes by it stands still with it: what is due, delays of retries, deadlines, leases,
+    recurring flows, deletion by age, and the times that are stored. `move_clock` sets it on. It is
+    this process's alone, and tasks' time-outs and the project's own code go by the real time.
+    Raises `InvalidArgument` for what is not an aware moment.
+    """
+    moment = check_moment("at", at) or runner.service.repository.now()
+    before = clock.frozen_at
+    clock.frozen_at = moment.astimezone(UTC)
+    try:
+        yield clock.frozen_at
+    finally:
+        clock.frozen_at = before
+
+
 def move_clock(by: timedelta, *, runner: FlowRunner = flow_runner) -> None:
     """Let time pass for all flows: what is due within `by` is due now.
 
-    Which time it is, the database says, so the moments that are stored are moved back instead.
-    Raises `InvalidArgument` for what is not a time to come.
+    A clock that is frozen is set on. One that goes is the database's, which nobody can move, so
+    the moments that are stored are moved back instead. Raises `InvalidArgument` for what is not a
+    time to come.
     """
     if not isinstance(by, timedelta) or by <= timedelta(0):
         raise InvalidArgument(f"The clock cannot be moved by {by!r}: give a timedelta above 0.")
+    if clock.frozen_at is not None:
+        clock.frozen_at += by
+        return
     for model in apps.get_app_config("ebbs_and_flows").get_models():
         moments = {
             field.name: F(field.name) - by
@@ -256,14 +282,15 @@ def move_clock(by: timedelta, *, runner: FlowRunner = flow_runner) -> None:
 
 
 class FlowTester:
-    """The functions of this module for one test: what is made to fail ends with the test.
+    """The functions of this module for one test: what they change ends with the test.
 
     It is `self.flows` in a test case with `FlowTestMixin`, and the pytest fixture `flows`.
     """
 
     def __init__(self, runner: FlowRunner = flow_runner) -> None:
         self.runner = runner
-        self._stack = ExitStack()
+        self._failing = ExitStack()
+        self._frozen = ExitStack()
 
     def run(
         self, flow: str | FlowOrPk, context: Mapping[str, Any] | None = None, **options: Any
@@ -278,20 +305,29 @@ class FlowTester:
     def fail_task(self, template_name: str, task_name: str, *args: Any, **options: Any) -> None:
         """Do what `fail_task` does, for the rest of the test."""
         failing = fail_task(template_name, task_name, *args, runner=self.runner, **options)
-        self._stack.enter_context(failing)
+        self._failing.enter_context(failing)
 
     def crash_task(self, template_name: str, task_name: str, **options: Any) -> None:
         """Do what `crash_task` does, for the rest of the test."""
         crashing = crash_task(template_name, task_name, runner=self.runner, **options)
-        self._stack.enter_context(crashing)
+        self._failing.enter_context(crashing)
 
     def work_again(self) -> None:
         """Have the tasks work again that were made to fail."""
-        self._stack.close()
+        self._failing.close()
+
+    def freeze_clock(self, at: datetime | None = None) -> datetime:
+        """Do what `freeze_clock` does, for the rest of the test; return the moment."""
+        return self._frozen.enter_context(freeze_clock(at, runner=self.runner))
 
     def move_clock(self, by: timedelta) -> None:
         """Do what `move_clock` does."""
         move_clock(by, runner=self.runner)
+
+    def close(self) -> None:
+        """Have the tasks work and the clock go as before the test."""
+        self.work_again()
+        self._frozen.close()
 
 
 class FlowTestMixin:
@@ -303,7 +339,7 @@ class FlowTestMixin:
         addCleanup: Callable[..., None]  # noqa: N815 - unittest's name
 
     def setUp(self) -> None:
-        """Make the tester; what it made fail works again when the test is over."""
+        """Make the tester; what it changed is as before when the test is over."""
         super().setUp()  # type: ignore[misc]
         self.flows = FlowTester()
-        self.addCleanup(self.flows.work_again)
+        self.addCleanup(self.flows.close)

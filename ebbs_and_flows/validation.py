@@ -67,21 +67,26 @@ def check_priority(priority: Any) -> int:
     return priority
 
 
-def check_run_at(run_at: Any) -> datetime | None:
+def check_moment(what: str, moment: Any) -> datetime | None:
     """Return an aware moment, or None for now; raises `InvalidArgument`."""
-    if run_at is None:
+    if moment is None:
         return None
-    if not isinstance(run_at, datetime):
-        raise InvalidArgument(f"run_at is {run_at!r}: give an aware datetime, or None for now.")
-    if timezone.is_naive(run_at):
+    if not isinstance(moment, datetime):
+        raise InvalidArgument(f"{what} is {moment!r}: give an aware datetime, or None for now.")
+    if timezone.is_naive(moment):
         raise InvalidArgument(
-            f"run_at is {run_at.isoformat()}, without a time zone: make it aware, for instance"
+            f"{what} is {moment.isoformat()}, without a time zone: make it aware, for instance"
             f" with django.utils.timezone.make_aware."
         )
     # MariaDB holds years from 1000, and a time zone may not push a moment over the calendar.
-    if not 1000 < run_at.year < 9999:
-        raise InvalidArgument(f"run_at is {run_at.isoformat()}: give a year from 1001 to 9998.")
-    return run_at
+    if not 1000 < moment.year < 9999:
+        raise InvalidArgument(f"{what} is {moment.isoformat()}: give a year from 1001 to 9998.")
+    return moment
+
+
+def check_run_at(run_at: Any) -> datetime | None:
+    """Return when a flow is due at the earliest, None for now; raises `InvalidArgument`."""
+    return check_moment("run_at", run_at)
 
 
 def storable_text(text: str) -> str:

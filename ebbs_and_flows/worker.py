@@ -272,7 +272,7 @@ class Worker:
                     error=error,
                 )
 
-        self._repository.drop_broken_connection()
+        self._repository.drop_broken_connections()
         name = run.task_name
         if self._persist(run, write):
             # An atomic body had been committed, although its commit raised.

@@ -4,22 +4,38 @@ from __future__ import annotations
 
 import pytest
 from django.conf import settings
+from django.test import TestCase
 
 from ebbs_and_flows.runner import FlowRunner
 from ebbs_and_flows.service import FlowService
 
 
 def pytest_report_header() -> str:
-    return f"flows are stored in: {settings.DATABASE}"
+    where = ", behind a router" if settings.DATABASE_ROUTERS else ""
+    return f"flows are stored in: {settings.DATABASE}{where}"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        _allow_every_database(item)
     if settings.DATABASE == "sqlite":
         return
     skip = pytest.mark.skip(reason="works on a SQLite file of its own, so once is enough")
     for item in items:
         if item.get_closest_marker("own_database"):
             item.add_marker(skip)
+
+
+def _allow_every_database(item: pytest.Item) -> None:
+    """Let a test use the database that a router sends flows to as well."""
+    marker = item.get_closest_marker("django_db")
+    case = getattr(item, "cls", None)
+    if case is not None and issubclass(case, TestCase):
+        case.databases = "__all__"
+    elif marker is not None:
+        marker.kwargs.setdefault("databases", "__all__")
+    elif "db" in item.fixturenames:  # type: ignore[attr-defined]
+        item.add_marker(pytest.mark.django_db(databases="__all__"))
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 BASE_DIR = Path(__file__).resolve().parent.parent
 
@@ -33,6 +34,8 @@ INSTALLED_APPS = [
 # A theme of the admin comes before it.
 if THEME := os.environ.get("EBBS_TEST_THEME", ""):
     INSTALLED_APPS.insert(0, THEME)
+# The one for production takes a good part of a second for each user that a test makes.
+PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]
 MIDDLEWARE = [
     "django.middleware.security.SecurityMiddleware",
     "django.contrib.sessions.middleware.SessionMiddleware",
@@ -60,6 +63,7 @@ DATABASE = os.environ.get("EBBS_TEST_DATABASE", "sqlite")
 # A process that a test starts works on the test's own database.
 NAME = os.environ.get("EBBS_TEST_DATABASE_NAME", "")
 
+DATABASES: dict[str, dict[str, Any]]
 if DATABASE == "postgresql":
     DATABASES = {
         "default": {
@@ -110,6 +114,16 @@ elif DATABASE == "sqlite":
 else:
     raise ValueError(f"EBBS_TEST_DATABASE is {DATABASE!r}: give sqlite, postgresql or mariadb.")
 
+# The flows on a database of their own, and a router that sends the app's models there.
+if os.environ.get("EBBS_TEST_ROUTER"):
+    DATABASE_ROUTERS = ["tests.router.FlowsElsewhere"]
+    first = DATABASES["default"]
+    DATABASES["flows"] = {
+        **first,
+        "NAME": os.environ.get("EBBS_TEST_FLOWS_NAME", "") or f"{first['NAME']}_flows",
+        "TEST": {**first["TEST"], "NAME": f"{first['TEST']['NAME']}_flows"},
+    }
+
 EBBS_AND_FLOWS: dict[str, object] = {
     # Short in the tests that end a worker and wait for its lease to expire.
     "LEASE_SECONDS": float(os.environ.get("EBBS_TEST_LEASE_SECONDS", "30")),
@@ -133,4 +147,4 @@ if os.environ.get("EBBS_TEST_BROKER") == "redis":
         "port": int(os.environ.get("REDIS_PORT", "6379")),
     }
 else:
-    Q_CLUSTER["orm"] = "default"
+    Q_CLUSTER["orm"] = "flows" if "flows" in DATABASES else "default"

@@ -13,7 +13,6 @@ import pytest
 from django import forms
 from django.contrib.admin.models import LogEntry
 from django.contrib.auth.models import User
-from django.db import connection
 from django.test import Client
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
@@ -30,6 +29,7 @@ from ebbs_and_flows.models import (
 )
 from ebbs_and_flows.testing import fail_task, move_clock
 
+from .databases import connection
 from .operators import LIST, TEMPLATES, billing, charge, failed, first, page, registered, succeeded
 
 pytestmark = pytest.mark.django_db

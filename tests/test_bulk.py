@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from django.db import connection
 from django.test.utils import CaptureQueriesContext
 from django_q.models import OrmQ
 
 from ebbs_and_flows import ExecutionContext, FlowRunner, FlowStatus, FlowTemplate, Retry, Task
 from ebbs_and_flows.models import FlowExecution, FlowTransition
 from ebbs_and_flows.runner import MOST_WAKE_UPS
+
+from .databases import connection
 
 pytestmark = pytest.mark.django_db
 

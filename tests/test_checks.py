@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 from django.core.checks import run_checks
-from django.db import connection
 
 from ebbs_and_flows import (
     FlowRunner,
@@ -18,6 +17,8 @@ from ebbs_and_flows import (
     task,
 )
 from ebbs_and_flows.conf import get_settings
+
+from .databases import FLOWS, connection
 
 pytestmark = pytest.mark.django_db
 
@@ -87,7 +88,7 @@ def test_times_without_zones_are_an_error(settings: Any) -> None:
     assert "ebbs_and_flows.E002" in {message.id for message in run_checks()}
 
 
-SOUND = {"orm": "default", "timeout": 60, "retry": 120}
+SOUND = {"orm": FLOWS, "timeout": 60, "retry": 120}
 
 
 @pytest.fixture
@@ -112,8 +113,8 @@ def warned(settings: Any, queue: dict[str, Any]) -> set[str]:
         ({**SOUND, "retry": 60}, {"ebbs_and_flows.W003"}),
         ({**SOUND, "retry": 59}, {"ebbs_and_flows.W003"}),
         ({**SOUND, "timeout": 20}, {"ebbs_and_flows.W004"}),
-        ({"orm": "default", "timeout": 60}, {"ebbs_and_flows.W003"}),
-        ({"orm": "default", "retry": 120}, {"ebbs_and_flows.W005"}),
+        ({"orm": FLOWS, "timeout": 60}, {"ebbs_and_flows.W003"}),
+        ({"orm": FLOWS, "retry": 120}, {"ebbs_and_flows.W005"}),
         ({**SOUND, "sync": True}, {"ebbs_and_flows.W006"}),
         ({**SOUND, "orm": "another"}, {"ebbs_and_flows.W007"}),
         ({"redis": {}, "timeout": 60, "retry": 120}, set()),

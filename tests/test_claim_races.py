@@ -8,7 +8,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from django.db import DatabaseError, connection, connections, transaction
+from django.db import DatabaseError, connections
 from django.utils import timezone
 
 from ebbs_and_flows import (
@@ -21,6 +21,8 @@ from ebbs_and_flows import (
 )
 from ebbs_and_flows.models import FlowExecution, FlowTemplateState, TaskExecution
 from ebbs_and_flows.steps import CLAIMABLE
+
+from .databases import atomic, connection
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -185,7 +187,7 @@ def test_a_row_that_somebody_holds_keeps_nobody_from_claiming(runner: FlowRunner
 
     def hold() -> None:
         try:
-            with transaction.atomic():
+            with atomic():
                 list(FlowExecution.objects.select_for_update().exclude(pk=wanted.pk))
                 locked.set()
                 done.wait(30)

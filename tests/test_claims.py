@@ -9,11 +9,13 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from django.db import connection, connections, transaction
+from django.db import connections
 from django.utils import timezone
 
 from ebbs_and_flows import FlowRunner, FlowTemplate, task
 from ebbs_and_flows.models import FlowExecution
+
+from .databases import atomic, connection
 
 ROWS = 3000
 
@@ -92,7 +94,7 @@ def test_a_claim_waits_for_no_other_worker(runner: FlowRunner) -> None:
 
     def hold() -> None:
         try:
-            with transaction.atomic():
+            with atomic():
                 FlowExecution.objects.select_for_update().get(pk=best.pk)
                 locked.set()
                 done.wait(20)
@@ -139,7 +141,7 @@ def test_eight_workers_claim_without_waiting_for_what_others_hold(runner: FlowRu
             connections.close_all()
 
     workers = [threading.Thread(target=work) for _ in range(8)]
-    with transaction.atomic():
+    with atomic():
         list(FlowExecution.objects.select_for_update().filter(pk__in=held))
         for worker in workers:
             worker.start()

@@ -15,12 +15,13 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from django.db import connection
 from django.utils import timezone
 from django_q.models import OrmQ
 
 from ebbs_and_flows import FlowStatus, flow_runner
 from ebbs_and_flows.models import FlowExecution, TaskExecution, WorkerProcess
+
+from .databases import database_names
 
 pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.processes]
 
@@ -63,7 +64,7 @@ def environment(broker: str) -> dict[str, str]:
     return {
         **os.environ,
         "DJANGO_SETTINGS_MODULE": "tests.settings",
-        "EBBS_TEST_DATABASE_NAME": str(connection.settings_dict["NAME"]),
+        **database_names(),
         "EBBS_TEST_BROKER": broker,
         "EBBS_TEST_CLUSTER": str(settings.Q_CLUSTER["name"]),
         "PYTHONPATH": str(Path(__file__).parent.parent),

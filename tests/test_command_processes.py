@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from django.db import connection
 
 from ebbs_and_flows import FlowStatus, flow_runner
 from ebbs_and_flows.integrity import IntegrityCheck
 from ebbs_and_flows.models import FlowExecution
+
+from .databases import database_names
 
 pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.processes]
 
@@ -38,7 +39,7 @@ def start() -> Iterator[Start]:
             env={
                 **os.environ,
                 "DJANGO_SETTINGS_MODULE": "tests.settings",
-                "EBBS_TEST_DATABASE_NAME": str(connection.settings_dict["NAME"]),
+                **database_names(),
                 "EBBS_TEST_LEASE_SECONDS": "2",
                 "PYTHONPATH": str(Path(__file__).parent.parent),
                 "PYTHONUNBUFFERED": "1",

@@ -24,6 +24,8 @@ from ebbs_and_flows.models import (
 )
 from ebbs_and_flows.testing import fail_task, move_clock
 
+from .databases import connection
+
 pytestmark = pytest.mark.django_db
 
 
@@ -125,7 +127,7 @@ def test_showflows_lists_and_details_without_values(
     run("scheduleflow", "shop-fails", "--entry", "secret=tell-nobody")
     run("scheduleflow", "shop-quick", "--entry", folder)
     run("runflows", code=1)
-    with django_assert_max_num_queries(2):
+    with django_assert_max_num_queries(2, connection=connection):
         listed = run("showflows")
     assert "ValueError: the card is bad" in listed
     assert listed.index("shop-quick") < listed.index("shop-fails")

@@ -7,7 +7,6 @@ import threading
 from typing import Any
 
 import pytest
-from django.db import connection
 from django.test.utils import CaptureQueriesContext
 from django_q.conf import Conf
 from django_q.models import OrmQ, Schedule, Task
@@ -17,6 +16,8 @@ from django_q.tasks import async_task
 from ebbs_and_flows import ExecutionContext, FlowStatus, FlowTemplate, flow_runner, task
 from ebbs_and_flows.engines.django_q import run_due_flows
 from ebbs_and_flows.models import FlowExecution
+
+from .databases import connection
 
 pytestmark = pytest.mark.django_db(transaction=True)
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from django import forms
 from django.core.management import CommandError, call_command
-from django.db import connection, connections, transaction
+from django.db import connections
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 from django_q.models import OrmQ
@@ -26,6 +26,8 @@ from ebbs_and_flows import (
 )
 from ebbs_and_flows.models import ExecutionContextEntry, FlowExecution, FlowTransition
 from tests.shop.models import Order
+
+from .databases import atomic, connection
 
 pytestmark = pytest.mark.django_db
 
@@ -132,7 +134,7 @@ def test_one_bad_argument_stores_none_of_many(
 
 
 def test_many_flows_vanish_with_the_callers_transaction(bulk: FlowRunner) -> None:
-    with pytest.raises(ZeroDivisionError), transaction.atomic():
+    with pytest.raises(ZeroDivisionError), atomic():
         bulk.schedule_flows("bulk", [{"n": 1}, {"n": 2}], keys=["a", "b"])
         raise ZeroDivisionError
     for model in (FlowExecution, FlowTransition, ExecutionContextEntry, OrmQ):

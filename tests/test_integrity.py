@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from django.core.management import CommandError, call_command
-from django.db import connection, models
+from django.db import models
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 
@@ -32,6 +32,8 @@ from ebbs_and_flows.models import (
     FlowTransition,
     TaskExecution,
 )
+
+from .databases import connection
 
 pytestmark = pytest.mark.django_db
 

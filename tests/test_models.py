@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 from django.apps import apps
-from django.db import connection
 from django.db.models import Model
+
+from .databases import connection
 
 pytestmark = pytest.mark.django_db
 

@@ -17,6 +17,8 @@ from ebbs_and_flows.models import WorkerProcess
 from ebbs_and_flows.monitoring import FlowCollector, health
 from ebbs_and_flows.testing import fail_task, move_clock, run_flow
 
+from .databases import connection
+
 pytestmark = pytest.mark.django_db
 
 
@@ -81,7 +83,7 @@ def test_prometheus_is_told_the_figures(
     billing: FlowRunner, django_assert_max_num_queries: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     registry = CollectorRegistry()
-    with django_assert_max_num_queries(0):
+    with django_assert_max_num_queries(0, connection=connection):
         registry.register(FlowCollector(billing))
     for _ in range(3):
         run_flow("billing", runner=billing)
@@ -91,7 +93,7 @@ def test_prometheus_is_told_the_figures(
         billing.schedule_flow("billing")
     move_clock(timedelta(seconds=30), runner=billing)
     seen(timedelta(seconds=5))
-    with django_assert_max_num_queries(14):
+    with django_assert_max_num_queries(14, connection=connection):
         said = generate_latest(registry).decode()
     assert 'ebbs_and_flows_flows{status="scheduled",template="billing"} 2.0' in said
     assert 'ebbs_and_flows_flows{status="failed",template="billing"} 1.0' in said

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from datetime import timedelta
 
 import pytest
-from django.db import connection, connections
+from django.db import connections
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 from django_q.models import OrmQ
@@ -18,6 +18,8 @@ from ebbs_and_flows.models import FlowExecution, PacemakerBeat, WorkerProcess
 from ebbs_and_flows.pacemaker import Pacemaker
 from ebbs_and_flows.runner import MOST_WAKE_UPS
 from ebbs_and_flows.worker import worker_name
+
+from .databases import connection
 
 pytestmark = pytest.mark.django_db
 

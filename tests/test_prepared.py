@@ -9,11 +9,12 @@ import weakref
 from typing import Any
 
 import pytest
-from django.db import OperationalError, connection, connections
+from django.db import OperationalError, connections
 
 from ebbs_and_flows import ExecutionContext, FlowRunner, FlowStatus, FlowTemplate, task
 from ebbs_and_flows.models import FlowExecution
 from ebbs_and_flows.repository import direct
+from tests.databases import connection
 
 pytestmark = pytest.mark.django_db(transaction=True)
 

@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, ClassVar
 
 import pytest
-from django.db import IntegrityError, connection, connections, transaction
+from django.db import IntegrityError, connections
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 
@@ -25,6 +25,8 @@ from ebbs_and_flows import (
 from ebbs_and_flows.models import ExecutionContextEntry, FlowExecution, TaskExecution
 from ebbs_and_flows.service import FlowService
 from ebbs_and_flows.worker import Worker
+
+from .databases import atomic, connection
 
 
 class Write(Task):
@@ -189,7 +191,7 @@ def test_the_database_itself_refuses_an_impossible_flow(
 ) -> None:
     ten_tasks(runner)
     flow = runner.schedule_flow("ten")
-    with pytest.raises(IntegrityError), transaction.atomic():
+    with pytest.raises(IntegrityError), atomic():
         FlowExecution.objects.filter(pk=flow.pk).update(**values)
 
 
@@ -204,7 +206,7 @@ def test_the_database_itself_refuses_a_second_attempt_and_a_second_entry(
         row = model.objects.filter(flow_execution=flow).first()
         assert row is not None
         row.pk = None
-        with pytest.raises(IntegrityError), transaction.atomic():
+        with pytest.raises(IntegrityError), atomic():
             row.save(force_insert=True)
 
 

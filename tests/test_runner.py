@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from django.core.exceptions import ObjectDoesNotExist
-from django.db import connection, connections, transaction
+from django.db import connections
 from django.utils import timezone
 from django_q.models import OrmQ
 
@@ -42,6 +42,8 @@ from ebbs_and_flows.models import (
     FlowTransition,
 )
 from tests.shop.models import Order
+
+from .databases import atomic, connection
 
 pytestmark = pytest.mark.django_db
 
@@ -421,7 +423,7 @@ def test_a_key_makes_scheduling_idempotent(runner: FlowRunner) -> None:
 
 def test_scheduling_vanishes_with_the_callers_transaction(runner: FlowRunner) -> None:
     flow_of(runner, Script("only"))
-    with pytest.raises(ZeroDivisionError), transaction.atomic():
+    with pytest.raises(ZeroDivisionError), atomic():
         runner.schedule_flow("billing", {"a": 1}, key="k")
         raise ZeroDivisionError
     assert not FlowExecution.objects.exists()
@@ -556,7 +558,7 @@ def test_running_inside_somebodys_transaction_is_refused(runner: FlowRunner) -> 
     flow_of(runner, Script("only"))
     flow = runner.schedule_flow("billing")
     for call in (runner.run_flow, runner.re_run_flow, lambda: runner.run_flow_execution(flow)):
-        with pytest.raises(OuterTransaction, match="outside of atomic"), transaction.atomic():
+        with pytest.raises(OuterTransaction, match="outside of atomic"), atomic():
             call()
     flow.refresh_from_db()
     assert (flow.status, flow.claim) == (FlowStatus.SCHEDULED, 0)
@@ -931,7 +933,7 @@ def test_one_key_at_the_same_instant_makes_one_flow(runner: FlowRunner) -> None:
     def schedule(key: str, outer: bool) -> None:
         try:
             barrier.wait(10)
-            with transaction.atomic() if outer else nullcontext():
+            with atomic() if outer else nullcontext():
                 made.append(runner.schedule_flow("billing", {"a": 1}, key=key).pk)
         except Exception as error:  # noqa: BLE001 - shown by the assertion
             errors.append(error)

@@ -8,7 +8,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from django.db import OperationalError, connection, connections, transaction
+from django.db import OperationalError, connections
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 
@@ -23,6 +23,8 @@ from ebbs_and_flows import (
 from ebbs_and_flows.models import FlowExecution, FlowTransition, TaskExecution
 from ebbs_and_flows.signals import flow_status_changed, task_finished
 from tests.test_runner import Script, flow_of
+
+from .databases import atomic, connection
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -170,10 +172,10 @@ def test_a_flow_that_lost_its_worker_or_is_cancelled_meanwhile_is_told_of(
 
 def test_what_was_rolled_back_is_never_told(runner: FlowRunner, changes: Told) -> None:
     flow_of(runner, Script("a"))
-    with pytest.raises(ZeroDivisionError), transaction.atomic():
+    with pytest.raises(ZeroDivisionError), atomic():
         runner.schedule_flow("billing")
         raise ZeroDivisionError
-    with transaction.atomic():
+    with atomic():
         runner.schedule_flow("billing")
         assert changes == []
     assert moves(changes) == ["->CREATED", "CREATED->SCHEDULED"]

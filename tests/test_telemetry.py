@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from django.db import connection, transaction
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 from opentelemetry.sdk.metrics import MeterProvider
@@ -40,6 +39,7 @@ from ebbs_and_flows import (
 )
 from ebbs_and_flows.models import FlowExecution
 from ebbs_and_flows.testing import crash_task, run_flow
+from tests.databases import atomic, connection, database_names
 from tests.shop.models import Order
 from tests.test_runner import Script, flow_of, make_due
 
@@ -204,7 +204,7 @@ def test_what_is_scheduled_a_second_time_or_undone_is_in_no_trace(
     flow_of(runner, Script("only"))
     first = runner.schedule_flow("billing", key="k")
     assert runner.schedule_flow("billing", key="k") == first
-    with pytest.raises(ZeroDivisionError), transaction.atomic():
+    with pytest.raises(ZeroDivisionError), atomic():
         runner.schedule_flow("billing")
         assert exported.names == ["schedule billing"]
         raise ZeroDivisionError
@@ -564,7 +564,7 @@ def environment(**more: str) -> dict[str, str]:
     return {
         **os.environ,
         "DJANGO_SETTINGS_MODULE": "tests.settings",
-        "EBBS_TEST_DATABASE_NAME": str(connection.settings_dict["NAME"]),
+        **database_names(),
         "PYTHONPATH": str(ROOT),
         **more,
     }

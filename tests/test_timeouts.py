@@ -12,7 +12,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from django.db import connection, connections, transaction
+from django.db import connections
 from django.utils import timezone
 
 from ebbs_and_flows import (
@@ -28,6 +28,8 @@ from ebbs_and_flows import (
 from ebbs_and_flows.models import FlowExecution, TaskExecution
 from ebbs_and_flows.timeouts import Limit, Overdue, interrupt_after
 from tests.shop.models import Order
+
+from .databases import atomic, connection
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -275,7 +277,7 @@ def hang_and_swallow(context: ExecutionContext) -> ExecutionContext:
 
 
 def hang_in_a_transaction(context: ExecutionContext) -> ExecutionContext:
-    with transaction.atomic():
+    with atomic():
         return hang(context)
 
 

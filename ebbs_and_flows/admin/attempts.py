@@ -15,6 +15,7 @@ from django.utils import timezone
 from django.utils.safestring import SafeString
 from django.utils.translation import gettext as _
 
+from .. import clock
 from ..durations import duration
 from ..models import FlowExecution, TaskExecution
 from ..runner import flow_runner
@@ -145,7 +146,7 @@ def task_rows(flow: FlowExecution, attempts: Sequence[TaskExecution]) -> list[Ta
 
 def took(attempt: TaskExecution) -> str:
     """Return how long an attempt took, or has taken so far."""
-    return duration((attempt.finished_at or timezone.now()) - attempt.started_at)
+    return duration((attempt.finished_at or clock.now()) - attempt.started_at)
 
 
 def split_output(text: str) -> Output:

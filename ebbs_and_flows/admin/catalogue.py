@@ -12,12 +12,12 @@ from urllib.parse import urlencode
 from django.contrib import admin
 from django.contrib.admin.utils import quote
 from django.urls import NoReverseMatch
-from django.utils import timezone
 from django.utils.html import format_html, format_html_join
 from django.utils.safestring import SafeString
 from django.utils.translation import gettext as _
 from django.utils.translation import ngettext
 
+from .. import clock
 from ..durations import duration
 from ..engines import QueueSchedule, get_engine
 from ..flows import FlowTemplate
@@ -214,7 +214,7 @@ def _bars(site: admin.AdminSite, runs: Sequence[FlowExecution]) -> SafeString | 
 def recurring(template: FlowTemplate, site: admin.AdminSite) -> list[Recurring]:
     """Return the template's recurring schedules, as the queue has them."""
     stored = get_engine().schedules()
-    now: datetime = timezone.now()
+    now: datetime = clock.now()
     found = []
     for recurrence in flow_runner.recurrences.values():
         if recurrence.template_name != template.name:

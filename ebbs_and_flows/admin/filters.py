@@ -8,9 +8,9 @@ from typing import Any
 from django.contrib import admin
 from django.db.models import QuerySet
 from django.http import HttpRequest
-from django.utils import timezone
 from django.utils.translation import gettext_lazy as _
 
+from .. import clock
 from ..status import WAITING, FlowStatus
 from .queries import first_id_since, template_names
 
@@ -73,6 +73,6 @@ class WhenFilter(admin.SimpleListFilter):
         """Narrow the list to what was made in the chosen span."""
         for name, _label, span in self._SPANS:
             if name == self.value():
-                since = timezone.now() - span
+                since = clock.now() - span
                 return queryset.filter(pk__gte=first_id_since(since), created_at__gte=since)
         return queryset

@@ -8,9 +8,9 @@ from typing import Any
 from django.contrib import admin
 from django.http import HttpRequest, HttpResponse
 from django.template.response import TemplateResponse
-from django.utils import timezone
 from django.utils.translation import gettext as _
 
+from .. import clock
 from ..durations import duration, time_at_work
 from ..exceptions import TemplateDrift
 from ..models import FlowExecution, FlowTransition, TaskExecution
@@ -39,7 +39,7 @@ def flow_page(
 ) -> HttpResponse:
     """Show one flow."""
     attempts = flow_attempts(flow)
-    now = timezone.now()
+    now = clock.now()
     waits = flow.status == FlowStatus.RESCHEDULED
     axis, timeline = timeline_rows(
         flow.task_names,
@@ -106,7 +106,7 @@ def _facts(flow: FlowExecution, attempts: Sequence[TaskExecution]) -> list[tuple
 def _took(flow: FlowExecution, attempts: Sequence[TaskExecution]) -> str:
     if flow.started_at is None:
         return ""
-    now = timezone.now()
+    now = clock.now()
     whole = (flow.finished_at or now) - flow.started_at
     work = None
     if len(attempts) < MAX_ATTEMPTS:

@@ -14,6 +14,7 @@ from django.utils.safestring import SafeString
 from django.utils.translation import gettext as _
 from django.utils.translation import ngettext
 
+from .. import clock
 from ..durations import duration
 from ..models import FlowExecution, WorkerProcess
 from ..monitoring import ALIVE, oldest_due_at
@@ -62,7 +63,7 @@ class Overview:
 
 def overview() -> Overview:
     """Look at how things stand now."""
-    now = timezone.now()
+    now = clock.now()
     hours = [now - timedelta(hours=n) for n in range(HOURS, -1, -1)]
     counts = bounded_counts(
         [

@@ -18,9 +18,8 @@ from django.apps import apps
 from django.conf import settings
 from django.core.checks import CheckMessage, Warning  # noqa: A004
 from django.db import connections, router, transaction
-from django.utils import timezone
 
-from .. import telemetry
+from .. import clock, telemetry
 from ..conf import get_settings
 from ..exceptions import ImproperSetting
 from ..recurrence import Recurrence
@@ -133,7 +132,7 @@ def _declare(schedule: Schedule, recurrence: Recurrence) -> None:
     schedule.cron = recurrence.cron
     schedule.repeats = -1
     schedule.intended_date_kwarg = "intended_at"
-    schedule.next_run = recurrence.next_after(timezone.now())
+    schedule.next_run = recurrence.next_after(clock.now())
     schedule.save(using=router.db_for_write(Schedule))
 
 

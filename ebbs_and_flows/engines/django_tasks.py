@@ -12,8 +12,8 @@ from datetime import datetime
 
 from django.core.checks import CheckMessage, Warning  # noqa: A004
 from django.db import transaction
-from django.utils import timezone
 
+from .. import clock
 from ..exceptions import ImproperSetting
 from ..recurrence import Recurrence
 from . import QueueSchedule
@@ -50,7 +50,7 @@ class DjangoTasksEngine:
 
         So what falls due while no pacemaker lives is not caught up.
         """
-        now = timezone.now()
+        now = clock.now()
         self._recurrences = recurrences
         self._due = {
             name: self._due.get(name) or item.next_after(now) for name, item in recurrences.items()
@@ -64,7 +64,7 @@ class DjangoTasksEngine:
         """Schedule what is due; its key makes that one flow, however many pacemakers do so."""
         from ..runner import flow_runner
 
-        now = timezone.now()
+        now = clock.now()
         for name, moment in self._due.items():
             if moment <= now:
                 flow_runner.fire_recurring(name, moment)

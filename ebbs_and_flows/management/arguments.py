@@ -16,6 +16,7 @@ from django.db import InterfaceError, OperationalError, ProgrammingError
 from django.utils import timezone
 from django.utils.dateparse import parse_date, parse_datetime
 
+from .. import clock
 from ..exceptions import EbbsAndFlowsError, FlowTemplateNotFound
 from ..runner import flow_runner
 from ..validation import NAME_LENGTH
@@ -144,7 +145,7 @@ def moment(option: str, text: str, *, sign: int = 1) -> datetime:
     plain = text.strip().removeprefix("+")
     if _DURATION.fullmatch(plain):
         try:
-            return timezone.now() + sign * duration(option, plain)
+            return clock.now() + sign * duration(option, plain)
         except OverflowError as error:
             raise CommandError(
                 f"{option} {text!r} is out of the calendar: give a shorter time."

@@ -363,6 +363,7 @@ class ClaimRepository(StepRepository):
         connection = self.connection
         waiting, lost, _ = self._to_keep(connection)
         ready, parameters = self._is_ready(statuses)
+        now, _ = now_sql(connection)
         best = f"FROM {FLOW} WHERE template_name = t.name AND {ready}"
         order = "ORDER BY ready_rank, run_at, id LIMIT 1"
         sql = f"""
@@ -384,16 +385,16 @@ class ClaimRepository(StepRepository):
             ), claimed AS (
                 UPDATE {FLOW} f SET status = 'RUNNING', claim = f.claim + 1,
                     claimed_by = %s::varchar,
-                    lease_expires_at = STATEMENT_TIMESTAMP() + %s::interval, ready_rank = NULL,
+                    lease_expires_at = {now} + %s::interval, ready_rank = NULL,
                     finished_at = NULL,
-                    started_at = COALESCE(f.started_at, STATEMENT_TIMESTAMP())
+                    started_at = COALESCE(f.started_at, {now})
                 FROM candidate c WHERE f.id = c.id
                 RETURNING {COLUMNS}, c.status AS claimed_from,
                     c.tasks ->> f.current_task_index AS task
             ), recorded AS (
                 INSERT INTO {TRANSITION}
                     (flow_execution_id, from_status, to_status, at, actor, reason)
-                SELECT id, claimed_from, 'RUNNING', STATEMENT_TIMESTAMP(), claimed_by, ''
+                SELECT id, claimed_from, 'RUNNING', {now}, claimed_by, ''
                 FROM claimed WHERE claimed_from <> 'RUNNING'
             ), started AS (
                 INSERT INTO {ATTEMPT} (flow_execution_id, task_index, task_name, attempt, claim,
@@ -402,7 +403,7 @@ class ClaimRepository(StepRepository):
                     SELECT MAX(a.attempt) FROM {ATTEMPT} a
                     WHERE a.flow_execution_id = claimed.id
                     AND a.task_index = claimed.current_task_index), 0) + 1,
-                    claim, 'RUNNING', STATEMENT_TIMESTAMP(), '', '', ''
+                    claim, 'RUNNING', {now}, '', '', ''
                 FROM claimed WHERE task IS NOT NULL RETURNING id, attempt
             )
             SELECT seen.*, EXISTS (SELECT 1 FROM ranked) AS ready, claimed.*,

@@ -17,8 +17,8 @@ from django.db import (
     transaction,
 )
 from django.db.models import QuerySet
-from django.utils import timezone
 
+from .. import clock
 from ..exceptions import OuterTransaction
 from ..models import (
     ExecutionContextEntry,
@@ -59,6 +59,8 @@ class DatabaseNow(models.Func):
 
 def now_sql(connection: Any, offset: timedelta = timedelta(0)) -> Sql:
     """Return the database's time moved by an offset."""
+    if clock.frozen_at is not None:
+        return _moment_sql(connection, clock.frozen_at + offset)
     if connection.vendor == "postgresql":
         # Not CURRENT_TIMESTAMP, which stands still for the whole transaction, nor
         # CLOCK_TIMESTAMP, which moves within a statement and so cannot bound an index range.
@@ -74,6 +76,14 @@ def now_sql(connection: Any, offset: timedelta = timedelta(0)) -> Sql:
         # functions stop at milliseconds, which would put "now" before what was just stored.
         return "%s", [str((datetime.now(UTC) + offset).replace(tzinfo=None))]
     return "CURRENT_TIMESTAMP + %s", [offset]
+
+
+def _moment_sql(connection: Any, moment: datetime) -> Sql:
+    """Return a moment in UTC."""
+    if connection.vendor == "postgresql":
+        return f"TIMESTAMPTZ '{moment.isoformat()}'", []
+    slot = "CAST(%s AS DATETIME(6))" if connection.vendor == "mysql" else "%s"
+    return slot, [str(moment.replace(tzinfo=None))]
 
 
 # What databases answer where two transactions were in each other's way: serialization failure and
@@ -138,9 +148,9 @@ class Database:
         return transaction.atomic(using=self.using)
 
     @contextmanager
-    def step(self) -> Iterator[None]:
+    def step(self, using: str | None = None) -> Iterator[None]:
         """A transaction that is durable when it ends; raises `OuterTransaction` within another."""
-        block = transaction.atomic(using=self.using, durable=True)
+        block = transaction.atomic(using=using or self.using, durable=True)
         try:
             block.__enter__()
         except RuntimeError:
@@ -219,27 +229,29 @@ class Database:
             return write()
 
     def check_no_outer_transaction(self) -> None:
-        """Raise `OuterTransaction` where a step would not be durable."""
-        if self.connection.in_atomic_block:
-            with self.step():
-                pass
+        """Raise `OuterTransaction` where a step, or what its task writes, would not be durable."""
+        for connection in connections.all(initialized_only=True):
+            if connection.in_atomic_block:
+                with self.step(connection.alias):
+                    pass
 
     def now(self) -> datetime:
         """Return the database's time, aware."""
         connection = self.connection
-        if connection.vendor == "sqlite":
-            return timezone.now()
+        if clock.frozen_at is not None or connection.vendor == "sqlite":
+            return clock.now()
         with connection.cursor() as cursor:
             mysql = connection.vendor == "mysql"
             cursor.execute("SELECT UTC_TIMESTAMP(6)" if mysql else "SELECT STATEMENT_TIMESTAMP()")
             now: datetime = cursor.fetchone()[0]
         return now.replace(tzinfo=UTC) if now.tzinfo is None else now
 
-    def drop_broken_connection(self) -> None:
-        """Close the connection if it failed before, so that the next query opens another."""
-        connection = self.connection
-        if connection.connection is not None and connection.errors_occurred:
-            connection.close_if_unusable_or_obsolete()
+    @staticmethod
+    def drop_broken_connections() -> None:
+        """Close those that failed before, tasks' own too, so that the next query opens another."""
+        for connection in connections.all(initialized_only=True):
+            if connection.connection is not None and connection.errors_occurred:
+                connection.close_if_unusable_or_obsolete()
 
 
 def execute(cursor: Any, sql: str, parameters: Sequence[Any]) -> int:

@@ -159,7 +159,8 @@ class StepRepository(Database):
     ) -> int | None:
         connection = self.connection
         # As few parameters as will do: each costs the driver as much as a row costs the database.
-        values, parameters = _next_state(connection, next_task, lease, now_sql(connection))
+        now, _ = clock = now_sql(connection)
+        values, parameters = _next_state(connection, next_task, lease, clock)
         parameters += [*_fence(run), log, run.task_execution_id]
         written = follows = ""
         if entries:
@@ -175,7 +176,7 @@ class StepRepository(Database):
             follows = f""", followed AS (
                 INSERT INTO {TRANSITION}
                     (flow_execution_id, from_status, to_status, at, actor, reason)
-                SELECT id, 'RUNNING', 'SUCCEEDED', STATEMENT_TIMESTAMP(), claimed_by, ''
+                SELECT id, 'RUNNING', 'SUCCEEDED', {now}, claimed_by, ''
                 FROM fence)"""
         elif lease is not None:
             result = "followed.id AS attempt FROM followed"
@@ -183,7 +184,7 @@ class StepRepository(Database):
                 INSERT INTO {ATTEMPT} (flow_execution_id, task_index, task_name, attempt, claim,
                     status, started_at, output, error_type, log)
                 SELECT id, current_task_index, %s::varchar, 1, claim, 'RUNNING',
-                    STATEMENT_TIMESTAMP(), '', '', '' FROM fence RETURNING id)"""
+                    {now}, '', '', '' FROM fence RETURNING id)"""
             parameters.append(next_task)
         found = execute_prepared(
             connection,
@@ -193,7 +194,7 @@ class StepRepository(Database):
                     forgiven_attempts = 0, interruptions = 0, {values}
                 WHERE {_FENCE_IN_ONE} RETURNING {changed}
             ), finished AS (
-                UPDATE {ATTEMPT} a SET status = 'SUCCEEDED', finished_at = STATEMENT_TIMESTAMP(),
+                UPDATE {ATTEMPT} a SET status = 'SUCCEEDED', finished_at = {now},
                     log = %s FROM fence WHERE a.id = %s RETURNING a.id, a.flow_execution_id
             ){written}{follows} SELECT {result}""",
             parameters,
