@@ -11,6 +11,7 @@ from django.db.models import F, Q
 from django.utils.translation import gettext_lazy as _
 from django.utils.translation import pgettext_lazy
 
+from .exceptions import RetryLater
 from .status import FINISHED, FlowStatus, TaskStatus
 from .validation import MAX_PRIORITY, MIN_PRIORITY, NAME_LENGTH
 
@@ -282,6 +283,11 @@ class TaskExecution(models.Model):
 
     def __str__(self) -> str:
         return f"{self.task_name}, attempt {self.attempt}"
+
+    @property
+    def asked_for_later(self) -> bool:
+        """Whether the task raised `RetryLater`: no error of its own."""
+        return bool(self.error_type == RetryLater.__name__)
 
     @property
     def duration(self) -> timedelta | None:

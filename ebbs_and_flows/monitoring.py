@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from django.db import DatabaseError, InterfaceError
 from django.http import HttpRequest, JsonResponse
 
+from .bounded import bounded_counts, stored_template_names
 from .models import FlowExecution, WorkerProcess
 from .runner import FlowRunner, flow_runner
 from .status import WAITING, FlowStatus
@@ -46,9 +47,10 @@ class Standing:
 
 
 def standing(runner: FlowRunner = flow_runner, *, at: datetime | None = None) -> Standing:
-    """Return how things stand now, by a few small queries. Paused templates are left out.
+    """Return how things stand now, by a few small queries.
 
-    Takes the database's time, where it was asked for it already.
+    Flows that no worker could run now are left out: of paused templates, and of those that are not
+    registered with the runner. Takes the database's time, where it was asked for it already.
     """
     service = runner.service
     now = at or service.repository.now()
@@ -63,14 +65,16 @@ def standing(runner: FlowRunner = flow_runner, *, at: datetime | None = None) ->
 def oldest_due_at(
     now: datetime, paused: Iterable[str], runner: FlowRunner = flow_runner
 ) -> datetime | None:
-    """Return since when the oldest flow is due that is of no paused template.
+    """Return since when the oldest flow is due of the runner's templates but the paused ones.
 
     Due flows lie in an index by rank, and its ranks are few: one look-up for each.
     """
     found: list[datetime] = []
+    names = set(runner.templates) - set(paused)
     for status in WAITING:
-        waiting = runner.service.repository.flows.filter(status=status, run_at__lte=now)
-        waiting = waiting.exclude(template_name__in=list(paused))
+        waiting = runner.service.repository.flows.filter(
+            status=status, run_at__lte=now, template_name__in=names
+        )
         rows = waiting.order_by("ready_rank", "run_at").values_list("ready_rank", "run_at")
         unseen = waiting.filter(ready_rank=None).order_by("run_at")
         found += unseen.values_list("run_at", flat=True)[:1]
@@ -79,6 +83,26 @@ def oldest_due_at(
             found.append(row[1])
             row = rows.filter(ready_rank__gt=row[0]).first()
     return min(found, default=None)
+
+
+def waiting_unregistered(
+    runner: FlowRunner = flow_runner,
+    *,
+    names: Iterable[str] | None = None,
+    statuses: Iterable[FlowStatus] = WAITING,
+) -> dict[str, int]:
+    """Return how many flows wait for each template that is not registered with the runner.
+
+    They are counted up to `MAX_COUNTED`. Looks at `names` alone, where they are given.
+    """
+    repository = runner.service.repository
+    stored = stored_template_names(repository.using) if names is None else set(names)
+    unknown = sorted(stored - set(runner.templates))
+    waiting = repository.flows.filter(status__in=list(statuses))
+    counts = bounded_counts(
+        [waiting.filter(template_name=name) for name in unknown], MAX_COUNTED, repository.using
+    )
+    return {name: count for name, count in zip(unknown, counts, strict=True) if count}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,19 +8,24 @@ from types import TracebackType
 from .validation import storable_text
 
 
-def describe(error: BaseException, max_bytes: int) -> str:
+def describe(error: BaseException, max_bytes: int, *, message_only: bool = False) -> str:
     """Return an error's type and message, then its traceback with causes and notes.
 
-    It begins at the task's own code. Over `max_bytes` bytes of UTF-8 it is cut in the middle,
-    and says so.
+    It begins at the task's own code. `message_only` is for what is no error to its task. Over
+    `max_bytes` bytes of UTF-8 it is cut in the middle, and says so.
     """
+    if message_only:
+        return _shortened(storable_text(str(error)), max_bytes)
     frame = error.__traceback__
     while frame and frame.tb_next and _is_ours(frame):
         frame = frame.tb_next
     shown = traceback.TracebackException(type(error), error, frame)
     headline = "".join(shown.format_exception_only()).strip()
     headline = headline.removeprefix("ebbs_and_flows.exceptions.")
-    text = storable_text(f"{headline}\n\n{''.join(shown.format())}")
+    return _shortened(storable_text(f"{headline}\n\n{''.join(shown.format())}"), max_bytes)
+
+
+def _shortened(text: str, max_bytes: int) -> str:
     encoded = text.encode()
     if len(encoded) <= max_bytes:
         return text

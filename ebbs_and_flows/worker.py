@@ -256,7 +256,8 @@ class Worker:
             retry_after = task.retry.delay_after(run.counted_attempts)
         if retry_after is not None and self._ends_before(run, retry_after):
             retry_after = None
-        output = describe(error, settings.MAX_OUTPUT_BYTES)
+        later = error.delay if isinstance(error, RetryLater) and retry_after is not None else None
+        output = describe(error, settings.MAX_OUTPUT_BYTES, message_only=later is not None)
 
         def write() -> bool:
             with self._repository.step():
@@ -279,13 +280,19 @@ class Worker:
             self._on_task(run, name, TaskStatus.SUCCEEDED)
             return True
         span.failed(error)
-        logger.warning(
-            "Task %s of flow %s failed: %s",
-            name,
-            run.flow.pk,
-            error_name(error),
-            extra={"flow": run.flow.pk, "template": run.flow.template_name, "task": name},
-        )
+        extra = {"flow": run.flow.pk, "template": run.flow.template_name, "task": name}
+        if later is not None:
+            logger.info(
+                "Task %s of flow %s asked to be called again in %g s.",
+                name,
+                run.flow.pk,
+                later,
+                extra=extra,
+            )
+        else:
+            logger.warning(
+                "Task %s of flow %s failed: %s", name, run.flow.pk, error_name(error), extra=extra
+            )
         self._on_task(run, name, TaskStatus.FAILED)
         return False
 

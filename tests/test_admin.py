@@ -18,8 +18,9 @@ from django.views.debug import (
     get_default_exception_reporter_filter,
 )
 
-from ebbs_and_flows import FlowStatus, FlowTemplate, flow_runner, task
+from ebbs_and_flows import FlowStatus, FlowTemplate, RetryLater, flow_runner, task
 from ebbs_and_flows.models import ExecutionContextEntry, FlowExecution, TaskExecution
+from ebbs_and_flows.testing import fail_task
 
 from .databases import connection
 from .operators import (
@@ -62,6 +63,19 @@ def test_the_list_says_what_went_wrong_where(admin_client: Client) -> None:
     assert "1 of 2" in text
     assert "<b><bdi>charge</bdi></b>: <bdi>ValueError: the card is bad</bdi>" in text
     assert "Add flow execution" not in text
+
+
+def test_a_task_that_asked_for_later_is_shown_as_waiting_and_no_error(
+    admin_client: Client,
+) -> None:
+    with fail_task("billing", "charge", RetryLater(60, "The <parcel> is on its way.")):
+        flow = flow_runner.run_flow_execution(flow_runner.schedule_flow("billing"))
+    text = page(admin_client, LIST)
+    assert "<bdi>charge</bdi> waits: <bdi>The &lt;parcel&gt; is on its way.</bdi>" in text
+    shown = page(admin_client, f"{LIST}{flow.pk}/change/")
+    assert "The &lt;parcel&gt; is on its way." in shown
+    assert "ebbs-error" not in shown
+    assert "Traceback" not in shown
 
 
 def test_the_list_filters_and_searches(admin_client: Client) -> None:

@@ -1,4 +1,4 @@
-"""`runflows` as real processes: signals, kills, several workers, a terminal."""
+"""Commands as real processes: signals, kills, several workers, a terminal, a closed pipe."""
 
 from __future__ import annotations
 
@@ -30,19 +30,21 @@ Start = Callable[..., "subprocess.Popen[str]"]
 
 @pytest.fixture
 def start() -> Iterator[Start]:
-    """Start `runflows` on the test's own database; ended with the test."""
+    """Start a command on the test's own database; ended with the test."""
     started: list[subprocess.Popen[str]] = []
 
-    def popen(*arguments: str, **options: Any) -> subprocess.Popen[str]:
+    def popen(
+        *arguments: str, command: str = "runflows", unbuffered: str = "1", **options: Any
+    ) -> subprocess.Popen[str]:
         process = subprocess.Popen(
-            [sys.executable, "-m", "django", "runflows", *arguments],
+            [sys.executable, "-m", "django", command, *arguments],
             env={
                 **os.environ,
                 "DJANGO_SETTINGS_MODULE": "tests.settings",
                 **database_names(),
                 "EBBS_TEST_LEASE_SECONDS": "2",
                 "PYTHONPATH": str(Path(__file__).parent.parent),
-                "PYTHONUNBUFFERED": "1",
+                "PYTHONUNBUFFERED": unbuffered,
             },
             stdin=subprocess.DEVNULL,
             **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options},
@@ -199,3 +201,16 @@ def test_a_terminal_gets_a_live_bar(start: Start, tmp_path: Path) -> None:
     text = seen.decode()
     assert "3/3" in text
     assert "3 flows ran: 3 succeeded." in text
+
+
+# What is buffered fails at the end only.
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_goes_away_ends_a_command_quietly(start: Start, unbuffered: str) -> None:
+    process = start("--skip-checks", command="showflows", unbuffered=unbuffered)
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.stderr is not None
+    said = process.stderr.read()
+    assert "BrokenPipe" not in said
+    assert "Traceback" not in said
+    assert process.wait(30) == 128 + signal.SIGPIPE

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from io import StringIO
 from pathlib import Path
@@ -14,7 +16,7 @@ from django.core.management import CommandError, call_command
 from django.utils import timezone
 from django_q.models import OrmQ
 
-from ebbs_and_flows import FlowStatus, flow_runner
+from ebbs_and_flows import FlowStatus, RetryLater, flow_runner
 from ebbs_and_flows.management.arguments import duration, entries, moment
 from ebbs_and_flows.models import (
     ExecutionContextEntry,
@@ -118,6 +120,7 @@ def test_runflows_json_is_an_object_a_line(folder: str) -> None:
         "cancelled": 0,
         "handed_back": 0,
         "waiting_for_later": 0,
+        "not_registered": {},
     }
 
 
@@ -139,6 +142,78 @@ def test_showflows_lists_and_details_without_values(
     assert "Entries: secret." in detail
     assert "tell-nobody" not in detail
     assert json.loads(run("showflows", str(failed.pk), "--json"))["id"] == failed.pk
+
+
+def test_showflows_says_what_it_is_a_rerun_of_and_was_rerun_as(folder: str) -> None:
+    run("scheduleflow", "shop-quick", "--entry", folder)
+    run("runflows")
+    flow = FlowExecution.objects.get()
+    run("rerunflow", str(flow.pk))
+    run("rerunflow", str(flow.pk))
+    first, second = FlowExecution.objects.filter(rerun_of=flow).order_by("pk")
+    assert f"\nRerun as #{first.pk}, #{second.pk}.\n" in run("showflows", str(flow.pk))
+    shown = run("showflows", str(first.pk))
+    assert f"\nRerun of #{flow.pk}.\n" in shown
+    assert "Rerun as" not in shown
+    said = json.loads(run("showflows", str(flow.pk), "--json"))
+    assert (said["rerun_of"], said["reruns"]) == (None, [first.pk, second.pk])
+    assert json.loads(run("showflows", str(first.pk), "--json"))["rerun_of"] == flow.pk
+
+
+def test_a_flow_that_waits_as_its_task_asked_to_is_told_of_as_no_error(folder: str) -> None:
+    later = RetryLater(3600, "The parcel is on its way.")
+    with fail_task("shop-quick", "last", later):
+        run("scheduleflow", "shop-quick", "--entry", folder)
+        said = run("runflows")
+    flow = FlowExecution.objects.get()
+    assert ": last waits: The parcel is on its way.\n" in said
+    assert run("showflows").endswith("  last waits: The parcel is on its way.\n")
+    listed = json.loads(run("showflows", "--json"))
+    assert (listed["waits"], listed["error"], listed["failed_task"]) == (
+        "last waits: The parcel is on its way.", None, None,
+    )  # fmt: skip
+    detail = run("showflows", str(flow.pk))
+    assert "Traceback" not in detail
+    assert "RetryLater" not in detail
+
+
+@contextmanager
+def unknown(*templates: str) -> Iterator[None]:
+    """Have this process not know the templates, as one with other code does not."""
+    known = {name: flow_runner._templates.pop(name) for name in templates}
+    try:
+        yield
+    finally:
+        flow_runner._templates.update(known)
+
+
+def test_flows_of_a_template_that_is_not_registered_are_told_of(
+    folder: str, django_assert_max_num_queries: Any
+) -> None:
+    for _ in range(2):
+        run("scheduleflow", "shop-quick", "--entry", folder)
+    run("scheduleflow", "shop-waits", "--at", "+2h")
+    run("scheduleflow", "shop-fails")
+    run("runflows", "--template", "shop-fails", code=1)
+    flow = FlowExecution.objects.filter(template_name="shop-quick").earliest("pk")
+    two = "2 flows wait for template 'shop-quick', which is not registered here.\n"
+    one = "1 flow waits for template 'shop-waits', which is not registered here.\n"
+    assert "registered" not in run("runflows", "--template", "shop-fails")
+    assert "registered" not in run("showflows")
+    with unknown("shop-quick", "shop-waits", "shop-fails"):
+        # What has failed waits for nobody.
+        assert run("runflows") == f"No flow was due.\n{two}{one}"
+        assert "registered" not in run("runflows", "--status", "rescheduled")
+        counts = {"shop-quick": 2, "shop-waits": 1}
+        assert json.loads(run("runflows", "--json"))["not_registered"] == counts
+        with django_assert_max_num_queries(3):
+            assert run("showflows").endswith(f"\n{two}{one}")
+        assert run("showflows", "--template", "shop-waits").endswith(f"\n{one}")
+        waits = "\nIt waits for template 'shop-quick', which is not registered here.\n"
+        assert waits in run("showflows", str(flow.pk))
+        assert run("checkflows").endswith(f"4 flows were checked: nothing found.\n{two}{one}")
+        assert json.loads(run("checkflows", "--json"))["not_registered"] == counts
+    assert "registered" not in run("showflows", str(flow.pk))
 
 
 MOMENT = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d CES?T"

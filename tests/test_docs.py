@@ -66,7 +66,6 @@ FILES = {
     "    paid = models.BooleanField(default=False)\n",
     "shop/bank.py": "def charge(order_id, *, idempotency_key):\n    assert idempotency_key\n"
     "    return f'receipt for {order_id}'\n",
-    "shop/carrier.py": "def state_of(order_id):\n    return 'delivered'\n",
 }
 # What a page takes for granted.
 GIVEN = {

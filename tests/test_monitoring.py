@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from ebbs_and_flows import FlowRunner, FlowTemplate, flow_runner, task
 from ebbs_and_flows.models import WorkerProcess
-from ebbs_and_flows.monitoring import FlowCollector, health
+from ebbs_and_flows.monitoring import FlowCollector, health, standing, waiting_unregistered
 from ebbs_and_flows.testing import fail_task, move_clock, run_flow
 
 from .databases import connection
@@ -69,6 +69,16 @@ def test_what_is_paused_waits_for_nobody() -> None:
     assert asked()[0] == 503
     flow_runner.pause_flow_template("shop-quick")
     assert asked()[0] == 200
+
+
+def test_no_worker_is_missing_for_what_none_could_run(billing: FlowRunner) -> None:
+    billing.schedule_flow("billing")
+    move_clock(timedelta(hours=1), runner=billing)
+    assert "billing" not in flow_runner.templates
+    assert asked() == (200, {"status": "ok", "oldest_due_seconds": None, "workers": 0})
+    assert not standing(billing).is_well
+    assert waiting_unregistered() == {"billing": 1}
+    assert waiting_unregistered(billing) == {}
 
 
 def test_a_database_that_is_away_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -77,22 +78,26 @@ def run(project: Path, *arguments: str, code: int = 0) -> str:
 @pytest.mark.own_database
 def test_the_readme_from_the_first_line_to_the_last(project: Path) -> None:
     commands = [
-        line.removeprefix("$ python ").partition("#")[0].split()
+        shlex.split(line.removeprefix("$ python ").partition("#")[0])
         for body in blocks("console")
         for line in body.splitlines()
         if line.startswith("$ python ")
     ]
     names = [command[1] for command in commands]
     assert names == [
-        "migrate", "makemigrations", "migrate", "scheduleflow", "runflows", "showflows",
-        "rerunflow", "runflows",
+        "migrate", "makemigrations", "migrate", "shell", "scheduleflow", "runflows",
+        "showflows", "rerunflow", "runflows",
     ]  # fmt: skip
-    _, make, migrate, schedule, runflows, show, rerun, again = commands
+    _, make, migrate, order, schedule, runflows, show, rerun, again = commands
     run(project, *make)
     run(project, *migrate)
     run(project, "manage.py", "check", "--fail-level", "WARNING")
-    run(project, "-c", "import django; django.setup(); from shop.models import Order\n"
-        "Order.objects.create(pk=42)")  # fmt: skip
+    # Without the order it is no success.
+    run(project, *schedule)
+    assert "ChargeCard: shop.models.Order.DoesNotExist" in run(project, *runflows, code=1)
+    run(project, "manage.py", "shell", "-c", "from ebbs_and_flows.models import FlowExecution\n"
+        "FlowExecution.objects.all().delete()")  # fmt: skip
+    run(project, *order)
     run(project, *schedule)
     assert "1 flow ran: 1 succeeded." in run(project, *runflows)
     run(project, "-c", "import django; django.setup(); from shop.models import Order\n"
@@ -123,7 +128,7 @@ def test_the_readme_from_the_first_line_to_the_last(project: Path) -> None:
         "from ebbs_and_flows import flow_runner\nimport shop.flows as f, os\n"
         "os.path.exists('bank-is-open') and os.remove('bank-is-open')\n"
         "flow = flow_runner.run_flow_execution("
-        "flow_runner.schedule_flow('order-fulfilment', {'order_id': 1}))\n"
+        "flow_runner.schedule_flow('order-fulfilment', {'order_id': 42}))\n"
         "assert flow.status == 'FAILED', flow.status\n"
     )
     for call in calls:

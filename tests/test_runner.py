@@ -404,6 +404,46 @@ def test_fail_flow_and_retry_later_override_the_rule(runner: FlowRunner) -> None
     assert "the bank opens at 8" in list(reasons)
 
 
+def test_a_task_that_asks_for_later_is_told_of_as_no_failure(
+    runner: FlowRunner, caplog: pytest.LogCaptureFixture
+) -> None:
+    flow_of(
+        runner, Script("poll", RetryLater(3600, "The parcel is on its way."), ValueError("no"))
+    )
+    flow = runner.schedule_flow("billing")
+    with caplog.at_level("INFO", "ebbs_and_flows"):
+        runner.run_next()
+        make_due(flow)
+        runner.run_next()
+    asked, failed = [record for record in caplog.records if "Task poll" in record.getMessage()]
+    assert (asked.levelname, asked.getMessage()) == (
+        "INFO",
+        f"Task poll of flow {flow.pk} asked to be called again in 3600 s.",
+    )
+    assert failed.levelname == "WARNING"
+    first, second = runner.service.get_flow_task_execution_history(flow)
+    assert (first.status, first.error_type) == ("FAILED", "RetryLater")
+    assert first.output == "The parcel is on its way."
+    assert (first.asked_for_later, second.asked_for_later) == (True, False)
+    assert "Traceback" in second.output
+
+
+def test_a_task_that_asks_for_later_than_the_deadline_has_failed(
+    runner: FlowRunner, caplog: pytest.LogCaptureFixture
+) -> None:
+    runner.register_flow_template(
+        FlowTemplate("billing", tasks=[Script("poll", RetryLater(3600))], deadline=60)
+    )
+    flow = runner.schedule_flow("billing")
+    with caplog.at_level("INFO", "ebbs_and_flows"):
+        ran = runner.run_next()
+    assert ran is not None
+    assert ran.status == FlowStatus.FAILED
+    assert f"Task poll of flow {flow.pk} failed: RetryLater" in caplog.messages
+    (attempt,) = runner.service.get_flow_task_execution_history(flow)
+    assert attempt.output.startswith("RetryLater: The task asked to be tried again in 3600 s.")
+
+
 # Scheduling
 
 

@@ -27,7 +27,7 @@ from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 from rich.console import Console
 
-from ebbs_and_flows import FlowStatus, flow_runner
+from ebbs_and_flows import FlowRunner, FlowStatus, FlowTemplate, RetryLater, flow_runner, task
 from ebbs_and_flows.management.live_table import LiveTable
 from ebbs_and_flows.management.stopping import StopRequest
 from ebbs_and_flows.management.watching import Glance, Selection, Sight, look, watch
@@ -90,7 +90,31 @@ def test_a_look_asks_no_more_of_the_database_for_more_flows(tmp_path: Path) -> N
             glance = look(selection())
         numbers.append(len(queries))
     assert len(glance.flows) == 4 * 16
-    assert numbers[0] == numbers[1] <= 18
+    assert numbers[0] == numbers[1] <= 19
+
+
+@pytest.mark.django_db
+def test_what_no_worker_could_run_is_an_alarm_of_its_own(runner: FlowRunner) -> None:
+    @task
+    def only(context: Any) -> Any:
+        return context
+
+    runner.register_flow_template(FlowTemplate("billing", tasks=[only]))
+    runner.schedule_flow("billing")
+    move_clock(timedelta(minutes=5), runner=runner)
+    sight = sight_of(look(selection()))
+    assert sight.alarm == "1 flow waits for template 'billing', which is not registered here."
+    assert f"! {sight.alarm}" in drawn(sight)
+    assert "oldest due" not in [what for _number, what, _bad in sight.figures]
+
+
+@pytest.mark.django_db
+def test_a_task_that_asked_for_later_shows_why_and_no_error(tmp_path: Path) -> None:
+    with fail_task("shop-quick", "last", RetryLater(3600, "not yet")):
+        flow_runner.schedule_flow("shop-quick", {"folder": str(tmp_path)})
+        flow_runner.run_flow()
+    (seen,) = look(selection()).flows
+    assert (seen.outcome.error, seen.words) == ("", "last waits: not yet")
 
 
 @pytest.mark.django_db

@@ -12,7 +12,7 @@ from django.db.models.functions import Left
 from django.http import HttpRequest
 from django.utils.html import format_html
 from django.utils.safestring import SafeString
-from django.utils.translation import gettext_lazy, ngettext
+from django.utils.translation import gettext_lazy, ngettext, pgettext
 
 from ..durations import duration
 from ..models import FlowExecution, TaskExecution
@@ -110,7 +110,11 @@ class FlowColumns(_ModelAdmin):
         if stopped and self._is_latest(flow, TaskStatus.FAILED):
             line = first_line(flow.latest.headline, flow.latest.error_type)
             line = line if len(line) <= HEADLINE else line[: HEADLINE - 1] + "…"
-            shown = format_html("<b><bdi>{}</bdi></b>: <bdi>{}</bdi>", flow.latest.task_name, line)
+            name = flow.latest.task_name
+            shown = format_html("<b><bdi>{}</bdi></b>: <bdi>{}</bdi>", name, line)
+            if flow.latest.asked_for_later and flow.status == FlowStatus.RESCHEDULED:
+                waits = pgettext("of a task", "waits")
+                shown = format_html("<bdi>{}</bdi> {}: <bdi>{}</bdi>", name, waits, line)
         return live("what_went_wrong", flow, shown)
 
     @admin.display(description=gettext_lazy("scheduled for"))

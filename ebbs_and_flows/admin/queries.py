@@ -6,14 +6,12 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
-from django.db import connections
 from django.db.models import QuerySet
 
+from .. import bounded
 from ..models import FlowExecution
 from ..runner import flow_runner
 from ..service import flow_service
-
-MAX_NAMES = 500
 
 
 def flows() -> QuerySet[FlowExecution]:
@@ -23,17 +21,7 @@ def flows() -> QuerySet[FlowExecution]:
 
 def bounded_counts(querysets: Sequence[QuerySet[Any]], limit: int) -> list[int]:
     """Return how many rows each has, at most `limit`, in one query for all."""
-    if not querysets:
-        return []
-    using = flow_service.repository.using
-    parts, parameters = [], []
-    for queryset in querysets:
-        sql, values = _compiled(queryset.order_by().values("pk")[:limit], using)
-        parts.append(f"(SELECT COUNT(*) FROM ({sql}) AS counted)")  # noqa: S608 - compiled
-        parameters += values
-    with connections[using].cursor() as cursor:
-        cursor.execute("SELECT " + ", ".join(parts), parameters)
-        return list(cursor.fetchone())
+    return bounded.bounded_counts(querysets, limit, flow_service.repository.using)
 
 
 def rows_of_each(
@@ -45,33 +33,16 @@ def rows_of_each(
     using = flow_service.repository.using
     parts, parameters = [], []
     for number, queryset in enumerate(querysets):
-        sql, values = _compiled(queryset.values(*fields), using)
+        sql, values = bounded.compiled(queryset.values(*fields), using)
         parts.append(f"SELECT * FROM ({sql}) AS part{number}")  # noqa: S608 - compiled
         parameters += values
     united = " UNION ALL ".join(parts)
     return list(FlowExecution.objects.raw(united, parameters, using=using))
 
 
-def _compiled(queryset: QuerySet[Any], using: str) -> tuple[str, list[Any]]:
-    sql, values = queryset.query.get_compiler(using).as_sql()
-    return sql, list(values)
-
-
 def template_names() -> list[str]:
-    """Return the registered templates' names and those in the table, sorted.
-
-    Each name is found from the one before it by the index: no scan of all rows.
-    """
-    using = flow_service.repository.using
-    table = connections[using].ops.quote_name(FlowExecution._meta.db_table)
-    least = f"SELECT MIN(template_name) FROM {table}"  # noqa: S608 - a table's name
-    with connections[using].cursor() as cursor:
-        cursor.execute(
-            f"WITH RECURSIVE seen (name) AS ({least} UNION ALL SELECT"  # noqa: S608
-            f" ({least} WHERE template_name > seen.name) FROM seen WHERE seen.name IS NOT NULL)"
-            f" SELECT name FROM seen WHERE name IS NOT NULL LIMIT {MAX_NAMES}"
-        )
-        stored = {name for (name,) in cursor.fetchall()}
+    """Return the registered templates' names and those in the table, sorted."""
+    stored = bounded.stored_template_names(flow_service.repository.using)
     return sorted({*flow_runner.templates, *stored})
 
 

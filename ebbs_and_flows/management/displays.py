@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import IO, Any, Protocol, cast
 
 from django.core.management.base import OutputWrapper
@@ -69,6 +73,30 @@ class Bar:
         self._progress.update(self._bar, completed=self._done, total=self._total)
         if outcome.status != FlowStatus.SUCCEEDED:
             self._progress.console.print(outcome.line, markup=False, highlight=False)
+
+
+@contextmanager
+def shown_below_logs(progress: Any) -> Iterator[None]:
+    """Show a live display, and have what is logged to the terminal written above it.
+
+    rich redirects `sys.stderr`, and handlers that were made before hold what that was.
+    """
+    before = {id(sys.stdout), id(sys.stderr)}
+    with progress, ExitStack() as stack:
+        for handler in _stream_handlers():
+            stream = handler.stream
+            if id(stream) in before:
+                handler.setStream(sys.stderr)
+                stack.callback(handler.setStream, stream)
+        yield
+
+
+def _stream_handlers() -> Iterator[logging.StreamHandler[Any]]:
+    loggers = [logging.root, *logging.root.manager.loggerDict.values()]
+    for logger in loggers:
+        for handler in getattr(logger, "handlers", ()):
+            if isinstance(handler, logging.StreamHandler):
+                yield handler
 
 
 class Verbatim:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -10,7 +10,8 @@ from typing import Any
 from django.utils import timezone
 
 from ..durations import duration
-from ..models import FlowExecution
+from ..models import FlowExecution, TaskExecution
+from ..monitoring import MAX_COUNTED
 from ..service import flow_service
 from ..status import FlowStatus
 
@@ -33,6 +34,8 @@ class Outcome:
     seconds: float | None
     failed_task: str
     error: str
+    # Which task asked to be called again later, and why; no error.
+    waits: str
 
     @property
     def progress(self) -> str:
@@ -45,10 +48,15 @@ class Outcome:
         return "" if self.seconds is None else duration(timedelta(seconds=self.seconds))
 
     @property
+    def trouble(self) -> str:
+        """What went wrong, or why its task waits."""
+        return f"{self.failed_task}: {self.error}" if self.error else self.waits
+
+    @property
     def line(self) -> str:
         """The outcome in one line."""
         took = "" if self.seconds is None else f" in {self.took}"
-        wrong = f": {self.failed_task}: {self.error}" if self.error else ""
+        wrong = f": {self.trouble}" if self.trouble else ""
         when = ""
         if self.status == FlowStatus.RESCHEDULED:
             when = f", again at {local(self.run_at)}"
@@ -72,6 +80,7 @@ class Outcome:
             "seconds": self.seconds,
             "failed_task": self.failed_task or None,
             "error": self.error or None,
+            "waits": self.waits or None,
         }
 
 
@@ -84,8 +93,7 @@ def outcomes(flows: Iterable[FlowExecution]) -> list[Outcome]:
         failures = flow_service.get_failures(page)
         for flow in page:
             failure = failures.get(flow.pk)
-            wrong = () if failure is None else (failure.task_name, failure.output)
-            found.append(outcome(flow, *wrong))
+            found.append(outcome(flow, failure, failure.output if failure else ""))
     return found
 
 
@@ -102,9 +110,16 @@ def printable(text: str) -> str:
     )
 
 
-def outcome(flow: FlowExecution, failed_task: str = "", output: str = "") -> Outcome:
-    """Return one flow's outcome; the failed task and its output are given, where there are."""
+def outcome(
+    flow: FlowExecution, failure: TaskExecution | None = None, output: str = ""
+) -> Outcome:
+    """Return one flow's outcome; its failed attempt and the output are given, where there are."""
     first_line = printable(output.partition("\n")[0])
+    error = first_line if len(first_line) <= 160 else first_line[:159] + "…"
+    failed_task = "" if failure is None else failure.task_name
+    waits = ""
+    if failure is not None and failure.asked_for_later and flow.status == FlowStatus.RESCHEDULED:
+        failed_task, error, waits = "", "", f"{failed_task} waits: {error}"
     return Outcome(
         id=flow.pk,
         template=flow.template_name,
@@ -116,7 +131,8 @@ def outcome(flow: FlowExecution, failed_task: str = "", output: str = "") -> Out
         started_at=flow.started_at,
         seconds=None if flow.duration is None else flow.duration.total_seconds(),
         failed_task=failed_task,
-        error=first_line if len(first_line) <= 160 else first_line[:159] + "…",
+        error=error,
+        waits=waits,
     )
 
 
@@ -128,6 +144,20 @@ def table(rows: list[list[str]]) -> str:
         for row in rows
     )
     return "\n".join(lines)
+
+
+def unregistered_in_words(counts: Mapping[str, int]) -> list[str]:
+    """Return a sentence for each template that flows wait for and that is not registered."""
+    return [
+        f"{up_to(count)} {'flow waits' if count == 1 else 'flows wait'} for template {name!r},"
+        f" which is not registered here."
+        for name, count in counts.items()
+    ]
+
+
+def up_to(count: int) -> str:
+    """Return a figure that was counted up to a limit."""
+    return f"{count}+" if count == MAX_COUNTED else str(count)
 
 
 def overview(listed: list[Outcome]) -> str:
@@ -146,7 +176,7 @@ def overview(listed: list[Outcome]) -> str:
                     local(row.run_at),
                     local(row.started_at),
                     row.took,
-                    f"{row.failed_task}: {row.error}" if row.error else "",
+                    row.trouble,
                 ]
                 for row in listed
             ),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any, Protocol
@@ -15,11 +15,17 @@ from django.db.models.functions import Left
 
 from ..durations import duration
 from ..models import FlowExecution
-from ..monitoring import MAX_COUNTED, Standing, reported_progress, standing
+from ..monitoring import (
+    MAX_COUNTED,
+    Standing,
+    reported_progress,
+    standing,
+    waiting_unregistered,
+)
 from ..service import flow_service
 from ..status import FINISHED, WAITING, FlowStatus, TaskStatus
 from .arguments import first_line
-from .outcomes import Outcome, local, outcome, printable, table
+from .outcomes import Outcome, local, outcome, printable, table, unregistered_in_words, up_to
 from .stopping import StopRequest
 
 LATELY = timedelta(hours=24)
@@ -68,8 +74,8 @@ class Seen:
     @property
     def words(self) -> str:
         """The task, and its report or what went wrong in it."""
-        if self.outcome.error:
-            return f"{self.outcome.failed_task}: {self.outcome.error}"
+        if self.outcome.trouble:
+            return self.outcome.trouble
         return f"{self.task}: {self.report}" if self.report else self.task
 
 
@@ -84,6 +90,8 @@ class Glance:
     # Its age grows by itself.
     standing: Standing = field(compare=False)
     workers: int
+    # How many flows wait for each template that no worker with this code could run.
+    unregistered: Mapping[str, int]
     flows: tuple[Seen, ...]
 
     def of(self, statuses: Iterable[FlowStatus]) -> list[Seen]:
@@ -125,9 +133,9 @@ class Sight:
         oldest, workers = glance.standing.oldest_due_seconds, glance.workers
         is_well = glance.standing.is_well
         figures = [
-            (_up_to(glance.waiting), "waiting", False),
-            (_up_to(glance.running), "running", False),
-            (_up_to(glance.failed), "failed in 24 h", glance.failed > 0),
+            (up_to(glance.waiting), "waiting", False),
+            (up_to(glance.running), "running", False),
+            (up_to(glance.failed), "failed in 24 h", glance.failed > 0),
             (str(workers) if workers else "no", "worker alive" if workers < 2 else "workers alive",
              not is_well),
         ]  # fmt: skip
@@ -144,12 +152,14 @@ class Sight:
                 f"The database is away ({self.trouble}): this is as it was"
                 f" {_age(self.age)} ago. Trying on."
             )
-        if self.glance.standing.is_well:
-            return ""
-        return (
-            "Flows are due and no worker is alive. Start one with manage.py qcluster, or with"
-            " manage.py runflows --watch."
-        )
+        alarms = unregistered_in_words(self.glance.unregistered)
+        if not self.glance.standing.is_well:
+            alarms.insert(
+                0,
+                "Flows are due and no worker is alive. Start one with manage.py qcluster, or with"
+                " manage.py runflows --watch.",
+            )
+        return " ".join(alarms)
 
 
 class Screen(Protocol):
@@ -171,7 +181,7 @@ class Blocks:
         """Write a block if something has changed, other than ages."""
         shown = sight.glance.best(self._limit)
         counts = [(n, what) for n, what, _ in sight.figures if n != _OLDEST]
-        state = (counts, bool(sight.trouble), shown)
+        state = (counts, sight.glance.unregistered, bool(sight.trouble), shown)
         if state == self._last:
             return
         self._last = state
@@ -211,6 +221,7 @@ def look(selection: Selection) -> Glance:
         failed=failed[:MAX_COUNTED].count(),
         standing=stands,
         workers=stands.workers,
+        unregistered=waiting_unregistered(),
         flows=tuple(_flows(selection)),
     )
 
@@ -251,7 +262,7 @@ def _seen(flow: FlowExecution, attempt: Any) -> Seen:
     index = flow.current_task_index
     report = reported_progress(flow, attempt and attempt.pk)
     return Seen(
-        outcome=outcome(flow, attempt.task_name, attempt.headline)
+        outcome=outcome(flow, attempt, attempt.headline)
         if has_failed and has_stopped
         else outcome(flow),
         finished_at=flow.finished_at,
@@ -289,7 +300,3 @@ def _age(value: timedelta) -> str:
 def _about(value: timedelta) -> str:
     amount, unit, *_ = _age(value).split()
     return f"{amount} {unit}"
-
-
-def _up_to(count: int) -> str:
-    return f"{count}+" if count == MAX_COUNTED else str(count)

@@ -8,13 +8,14 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
-from django.core.management import BaseCommand
-
 from ...integrity import IntegrityCheck
+from ...monitoring import waiting_unregistered
 from ..arguments import known_template, refusals
+from ..base import FlowCommand
+from ..outcomes import unregistered_in_words
 
 
-class Command(BaseCommand):
+class Command(FlowCommand):
     """Verify the stored records."""
 
     help = (
@@ -40,11 +41,16 @@ class Command(BaseCommand):
                 text = json.dumps(asdict(finding)) if options["json"] else str(finding)
                 self.stdout.write(text)
                 self.stdout.flush()
+            names = None if options["template"] is None else [options["template"]]
+            unregistered = waiting_unregistered(names=names)
         if options["json"]:
-            self.stdout.write(json.dumps({"checked": check.checked, "findings": found}))
+            sum_of_all = {"checked": check.checked, "findings": found}
+            self.stdout.write(json.dumps({**sum_of_all, "not_registered": unregistered}))
         else:
             flows = "1 flow was" if check.checked == 1 else f"{check.checked} flows were"
             things = "nothing" if not found else ("1 thing" if found == 1 else f"{found} things")
             self.stdout.write(f"{flows} checked: {things} found.")
+            for sentence in unregistered_in_words(unregistered):
+                self.stdout.write(sentence)
         if found:
             sys.exit(1)

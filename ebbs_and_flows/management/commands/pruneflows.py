@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from django.core.management import BaseCommand
-
 from ...service import flow_service
 from ...status import FINISHED, FlowStatus
 from ..arguments import duration, known_template, positive, refusals
+from ..base import FlowCommand
 
 
-class Command(BaseCommand):
+class Command(FlowCommand):
     """Delete flows that ended long ago."""
 
     help = (

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterator
 from typing import Any
 
-from django.core.management import BaseCommand, CommandError
+from django.core.management import CommandError
 from django.db import transaction
 from django.db.models import Exists, OuterRef, QuerySet
 
@@ -14,11 +14,12 @@ from ...models import FlowExecution
 from ...runner import flow_runner
 from ...status import FlowStatus
 from ..arguments import actor, entries, flow_ids, moment, refusals
+from ..base import FlowCommand
 
 _BATCH = 500
 
 
-class Command(BaseCommand):
+class Command(FlowCommand):
     """Continue failed flows from the failed task, or run flows again."""
 
     help = (

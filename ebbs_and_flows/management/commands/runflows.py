@@ -10,15 +10,17 @@ from contextlib import nullcontext
 from typing import Any
 
 from django.conf import settings
-from django.core.management import BaseCommand, CommandError
+from django.core.management import CommandError
 from django.db import InterfaceError, OperationalError, connections
 
+from ...monitoring import waiting_unregistered
 from ...runner import flow_runner
-from ...status import FlowStatus
+from ...status import WAITING, FlowStatus
 from ..arguments import positive, refusals
-from ..displays import Bar, Display, JsonLines, Lines, live_progress
+from ..base import FlowCommand
+from ..displays import Bar, Display, JsonLines, Lines, live_progress, shown_below_logs
 from ..foreground import Choice, run_due
-from ..outcomes import Outcome
+from ..outcomes import Outcome, unregistered_in_words
 from ..processes import Crew
 from ..stopping import ParentsStop, StopRequest
 
@@ -73,7 +75,7 @@ class Tally:
         }
 
 
-class Command(BaseCommand):
+class Command(FlowCommand):
     """Run what is due."""
 
     help = (
@@ -153,7 +155,7 @@ class Command(BaseCommand):
         if not options["json"] and not choice.watch:
             progress = live_progress(self.stdout, no_color=options["no_color"])
         stop = StopRequest() if options["workers"] == 1 else ParentsStop()
-        with stop, progress or nullcontext():
+        with stop, nullcontext() if progress is None else shown_below_logs(progress):
             display: Display = JsonLines(self.stdout) if options["json"] else Lines(self.stdout)
             if progress is not None:
                 statuses = [FlowStatus(status) for status in choice.statuses or ()] or None
@@ -173,19 +175,23 @@ class Command(BaseCommand):
     def _summarize(self, choice: Choice, tally: Tally, as_json: bool) -> None:
         try:
             later = self._count_waiting_for_later(choice)
+            unregistered = self._unregistered(choice)
         except (OperationalError, InterfaceError):
             # A watch outlives its database, and so does the sum.
             if not choice.watch:
                 raise
-            later = None
+            later, unregistered = None, {}
         if as_json:
-            self.stdout.write(json.dumps({**tally.as_json, "waiting_for_later": later}))
+            rest = {"waiting_for_later": later, "not_registered": unregistered}
+            self.stdout.write(json.dumps({**tally.as_json, **rest}))
             return
         self.stdout.write(tally.sentence)
         if later:
             self.stdout.write(f"{later} {'waits' if later == 1 else 'wait'} for later.")
         if later is not None:
             self._tell_of_pauses(choice)
+        for sentence in unregistered_in_words(unregistered):
+            self.stdout.write(sentence)
         if tally.failed:
             self.stdout.write("To continue what failed from the failed task: rerunflow --failed")
 
@@ -198,6 +204,12 @@ class Command(BaseCommand):
                 if number:
                     wait = "1 flow waits" if number == 1 else f"{number} flows wait"
                     self.stdout.write(f"{wait} because the template {name} is paused.")
+
+    @staticmethod
+    def _unregistered(choice: Choice) -> dict[str, int]:
+        if choice.templates is not None:
+            return {}
+        return waiting_unregistered(statuses=[FlowStatus(s) for s in choice.statuses or WAITING])
 
     @staticmethod
     def _count_waiting_for_later(choice: Choice) -> int:

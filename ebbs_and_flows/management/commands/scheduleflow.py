@@ -6,14 +6,13 @@ import argparse
 import json
 from typing import Any
 
-from django.core.management import BaseCommand
-
 from ...runner import flow_runner
 from ..arguments import actor, entries, moment, refusals
+from ..base import FlowCommand
 from ..outcomes import local
 
 
-class Command(BaseCommand):
+class Command(FlowCommand):
     """Schedule a run of a template."""
 
     help = "Schedules a run of a flow template; a worker or runflows will run it."

@@ -5,23 +5,36 @@ from __future__ import annotations
 import argparse
 import json
 from collections import defaultdict
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import timedelta
 from typing import Any
 
-from django.core.management import BaseCommand, CommandError
+from django.core.management import CommandError
 
 from ...durations import duration, time_at_work
 from ...models import ExecutionContextEntry, FlowExecution, TaskExecution
+from ...monitoring import waiting_unregistered
+from ...runner import flow_runner
 from ...service import flow_service
-from ...status import FlowStatus
+from ...status import WAITING, FlowStatus
 from ..arguments import flow_ids, known_template, positive, refusals
-from ..outcomes import PAGE, Outcome, local, outcomes, overview, printable, table
+from ..base import FlowCommand
+from ..outcomes import (
+    PAGE,
+    Outcome,
+    local,
+    outcomes,
+    overview,
+    printable,
+    table,
+    unregistered_in_words,
+)
 from ..stopping import StopRequest
 from ..watching import NOTHING, Blocks, Selection, watch
 
 
-class Command(BaseCommand):
+class Command(FlowCommand):
     """List flows, newest first, or show some in detail."""
 
     help = (
@@ -119,6 +132,9 @@ class Command(BaseCommand):
                 self.stdout.write(json.dumps(outcome.as_json))
         else:
             self.stdout.write(overview(listed) if listed else NOTHING)
+            names = {outcome.template for outcome in listed if outcome.status in WAITING}
+            for sentence in unregistered_in_words(waiting_unregistered(names=names)):
+                self.stdout.write(sentence)
 
     def _show(self, pks: list[int], values: bool, as_json: bool) -> None:
         flows: dict[int, FlowExecution] = {}
@@ -127,7 +143,7 @@ class Command(BaseCommand):
         for pk in pks:
             if pk not in flows:
                 flow_service.get_flow_execution(pk)
-        details = _Details(pks)
+        details = _Details(flows)
         listed = outcomes(flows[pk] for pk in pks)
         if not as_json:
             self.stdout.write(overview(listed))
@@ -144,6 +160,15 @@ class Command(BaseCommand):
             f"\n{outcome.template} #{outcome.id}. Entries: {names or ('' if entries else 'none')}"
             .rstrip() + ("" if values and entries else ".")
         )  # fmt: skip
+        if outcome.status in WAITING and outcome.template not in flow_runner.templates:
+            self.stdout.write(
+                f"It waits for template {outcome.template!r}, which is not registered here."
+            )
+        if outcome.id in details.rerun_of:
+            self.stdout.write(f"Rerun of #{details.rerun_of[outcome.id]}.")
+        if details.reruns[outcome.id]:
+            reruns = ", ".join(f"#{pk}" for pk in details.reruns[outcome.id])
+            self.stdout.write(f"Rerun as {reruns}.")
         if values:
             for name, text in entries.items():
                 self.stdout.write(f"  {name} = {printable(text)}")
@@ -169,9 +194,12 @@ _GIVEN = {"id": "the ids", "json": "--json"}
 
 
 class _Details:
-    """The entries and attempts of some flows, in two queries a page of flows."""
+    """The entries, attempts and reruns of some flows, in three queries a page of flows."""
 
-    def __init__(self, pks: list[int]) -> None:
+    def __init__(self, flows: Mapping[int, FlowExecution]) -> None:
+        pks = list(flows)
+        self.rerun_of = {pk: flow.rerun_of_id for pk, flow in flows.items() if flow.rerun_of_id}
+        self.reruns: dict[int, list[int]] = defaultdict(list)
         self.entries: dict[int, dict[str, str]] = defaultdict(dict)
         self.attempts: dict[int, list[TaskExecution]] = defaultdict(list)
         using = flow_service.repository.using
@@ -185,12 +213,17 @@ class _Details:
             attempts = flow_service.repository.attempts.filter(flow_execution__in=page)
             for attempt in attempts.order_by("flow_execution_id", "task_index", "attempt"):
                 self.attempts[attempt.flow_execution_id].append(attempt)
+            reruns = flow_service.repository.flows.filter(rerun_of__in=page).order_by("pk")
+            for of, pk in reruns.values_list("rerun_of_id", "pk"):
+                self.reruns[of].append(pk)
 
     def as_json(self, outcome: Outcome, values: bool) -> dict[str, Any]:
         """Return all about a flow in JSON's own types; values in their stored, readable form."""
         entries = self.entries[outcome.id]
         return {
             **outcome.as_json,
+            "rerun_of": self.rerun_of.get(outcome.id),
+            "reruns": self.reruns[outcome.id],
             "entries": {name: json.loads(text) for name, text in entries.items()}
             if values
             else list(entries),
