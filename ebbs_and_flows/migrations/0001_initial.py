@@ -410,11 +410,7 @@ class Migration(migrations.Migration):
         ),
         migrations.AddIndex(
             model_name="flowexecution",
-            index=ebbs_and_flows.models.PartialIndex(
-                fields=["status", "ready_rank", "run_at"],
-                name="ebbs_flow_status",
-                only=models.Q(("ready_rank__isnull", True)),
-            ),
+            index=models.Index(fields=["status", "ready_rank", "run_at"], name="ebbs_flow_status"),
         ),
         migrations.AddIndex(
             model_name="flowexecution",
