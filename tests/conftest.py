@@ -34,7 +34,7 @@ def _allow_every_database(item: pytest.Item) -> None:
         case.databases = "__all__"
     elif marker is not None:
         marker.kwargs.setdefault("databases", "__all__")
-    elif "db" in item.fixturenames:  # type: ignore[attr-defined]
+    elif {"db", "transactional_db"} & set(item.fixturenames):  # type: ignore[attr-defined]
         item.add_marker(pytest.mark.django_db(databases="__all__"))
 
 

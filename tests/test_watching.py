@@ -22,7 +22,6 @@ from typing import Any
 import pyte
 import pytest
 from django.core.management import CommandError, call_command
-from django.db import connection
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 from rich.console import Console
@@ -33,6 +32,7 @@ from ebbs_and_flows.management.stopping import StopRequest
 from ebbs_and_flows.management.watching import Glance, Selection, Sight, look, watch
 from ebbs_and_flows.models import FlowExecution, TaskExecution, WorkerProcess
 from ebbs_and_flows.testing import fail_task, move_clock, run_flow
+from tests.databases import connection, database_names
 
 SEEN = [status for status in FlowStatus if status != FlowStatus.CREATED]
 
@@ -302,7 +302,7 @@ class Terminal:
             env={
                 **{k: v for k, v in os.environ.items() if k not in {"NO_COLOR", "COLUMNS"}},
                 "DJANGO_SETTINGS_MODULE": "tests.settings",
-                "EBBS_TEST_DATABASE_NAME": str(connection.settings_dict["NAME"]),
+                **database_names(),
                 "PYTHONPATH": str(Path(__file__).parent.parent),
                 "TERM": "xterm-256color",
                 **env,
@@ -458,7 +458,7 @@ def test_into_a_pipe_it_writes_a_block_for_each_change(tmp_path: Path) -> None:
         env={
             **os.environ,
             "DJANGO_SETTINGS_MODULE": "tests.settings",
-            "EBBS_TEST_DATABASE_NAME": str(connection.settings_dict["NAME"]),
+            **database_names(),
             "PYTHONPATH": str(Path(__file__).parent.parent),
         },
         stdout=subprocess.PIPE,
