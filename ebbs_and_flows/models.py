@@ -178,9 +178,9 @@ class FlowExecution(models.Model):
                 only=Q(ready_rank__isnull=False),
                 name="ebbs_flow_ready",
             ),
-            # What waits for its moment, what workers hold, and what is due for the longest, rank by
-            # rank. The lease is in no index, so that renewing it, which every step does, touches
-            # none.
+            # What waits for its moment, what workers hold, and, rank by rank, what is due for the
+            # longest. The lease is in no index, so that renewing it, which every step does,
+            # touches none.
             models.Index(fields=["status", "ready_rank", "run_at"], name="ebbs_flow_status"),
             # The admin's lists by template, by status and by both, newest first.
             models.Index(fields=["template_name", "-id"], name="ebbs_flow_template"),
