@@ -288,6 +288,9 @@ def test_a_database_that_goes_away_is_said_and_waited_for(tmp_path: Path) -> Non
 # On a terminal
 
 
+OF_ANOTHER_TERMINAL = {"NO_COLOR", "COLUMNS", "LINES"}
+
+
 class Terminal:
     """A pseudo-terminal with `showflows --watch` on it."""
 
@@ -300,7 +303,8 @@ class Terminal:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "django", "showflows", "--watch", *arguments],
             env={
-                **{k: v for k, v in os.environ.items() if k not in {"NO_COLOR", "COLUMNS"}},
+                # The size is the terminal's, and not that of the one that the tests run in.
+                **{k: v for k, v in os.environ.items() if k not in OF_ANOTHER_TERMINAL},
                 "DJANGO_SETTINGS_MODULE": "tests.settings",
                 **database_names(),
                 "PYTHONPATH": str(Path(__file__).parent.parent),
