@@ -12,14 +12,15 @@ demo: $(VENV)/demo.stamp
 demo-once: $(VENV)/demo.stamp
 	$(BIN)/python manage.py demo --once
 
-# The suite on SQLite and on each database server that answers.
+# The suite on SQLite and on each database server that answers. Half of the time is waiting, so there
+# are more processes than most machines' cores.
 test: $(VENV)/test.stamp
-	$(BIN)/python tests/on_every_database.py -q -n 2
+	$(BIN)/python tests/on_every_database.py -q -n 4
 
 # The quick part of it on the newest Python that is here, the newest Django, and behind a router.
 .PHONY: corner
 corner:
-	$(PYTHON) tests/on_newest.py $(VENV)/newest -q -n 2
+	$(PYTHON) tests/on_newest.py $(VENV)/newest -q -n 4
 
 # The suite over the supported Pythons and Djangos, on SQLite.
 versions: $(VENV)/versions.stamp
