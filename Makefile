@@ -61,11 +61,13 @@ format: $(VENV)/lint.stamp
 docs: $(VENV)/docs.stamp
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
 
-# Builds the distribution and imports it from an environment that holds nothing else.
+# Builds the distributions, checks what they hold, and uses the wheel in a new project, from an
+# environment that holds nothing else.
 package: $(VENV)/lint.stamp
 	rm -rf build dist $(VENV)/empty
 	$(BIN)/python -m build --quiet
 	$(BIN)/twine check --strict dist/*
+	$(BIN)/python tests/distributed.py
 	$(PYTHON) -m venv $(VENV)/empty
 	$(VENV)/empty/bin/pip install --quiet dist/*.whl
 	cd $(VENV) && empty/bin/python ../tests/installed.py

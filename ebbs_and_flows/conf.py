@@ -32,7 +32,7 @@ class Settings:
     KEEP_DAYS: float = 0
     """For how many days a flow that succeeded or was cancelled is kept; 0 is for ever."""
     ENGINE: str = "ebbs_and_flows.engines.django_q.DjangoQEngine"
-    """The dotted path of the class that wakes a queue's workers."""
+    """The dotted path of the class that wakes a queue's workers; `engines/` has three."""
     TRACE_URL: str = ""
     """Where the admin links a flow's trace to, with `{trace_id}` in it; empty links to nothing."""
 

@@ -17,8 +17,7 @@ from django.utils import timezone
 from django_tasks_db.models import DBTaskResult
 
 from ebbs_and_flows import FlowRunner, FlowStatus, FlowTemplate, flow_runner, task
-from ebbs_and_flows.engines import get_engine
-from ebbs_and_flows.models import FlowExecution, TaskExecution, WorkerProcess
+from ebbs_and_flows.models import TaskExecution, WorkerProcess
 
 from .test_cluster import all_ended, environment, running_worker, started_tasks, until
 
@@ -109,29 +108,6 @@ def test_a_flow_that_is_rolled_back_leaves_no_message(runner: FlowRunner) -> Non
     assert not DBTaskResult.objects.exists()
     runner.schedule_flow("t")
     assert DBTaskResult.objects.count() == 1
-
-
-def test_a_recurring_flow_is_scheduled_by_the_pacemakers_and_once(runner: FlowRunner) -> None:
-    engine: Any = get_engine()
-    template = FlowTemplate("nightly", tasks=[task(lambda context: context)], cron="0 6 * * *")
-    flow_runner.register_flow_template(template)
-    try:
-        intended = timezone.now() - timedelta(minutes=5)
-        for _ in range(2):
-            # As two pacemakers do whose first look was before the time, their second after it.
-            engine._due.clear()
-            flow_runner.sync_recurring()
-            assert engine._due["nightly"] > timezone.now()
-            engine._due["nightly"] = intended
-            # To look again at what the code declares lets no time slip.
-            flow_runner.sync_recurring()
-            engine.fire_recurring()
-            assert engine._due["nightly"] > timezone.now()
-        assert FlowExecution.objects.get().key == f"nightly {intended:%Y-%m-%dT%H:%MZ}"
-    finally:
-        flow_runner._templates.pop("nightly")
-        flow_runner._recurrences.clear()
-        flow_runner.sync_recurring()
 
 
 def test_a_backend_that_wakes_nobody_is_warned_about(settings: Any) -> None:

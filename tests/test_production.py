@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 HOW_TO = (ROOT / "docs/how-to/production.md").read_text()
-DATABASE, OVER_ORM, OVER_REDIS, DJANGO_TASKS = re.findall(
+DATABASE, OVER_ORM, OVER_REDIS, DJANGO_TASKS, NO_QUEUE = re.findall(
     r"```python\n# settings.py\n(.*?)```", HOW_TO, re.DOTALL
 )
 SETTINGS = """
@@ -25,11 +25,17 @@ INSTALLED_APPS = ["django_q", "ebbs_and_flows"]
 
 @pytest.mark.parametrize(
     "blocks",
-    [[DATABASE, OVER_ORM], [DATABASE, OVER_REDIS], [DATABASE, DJANGO_TASKS]],
-    ids=["orm", "redis", "django-tasks"],
+    [
+        [DATABASE, OVER_ORM],
+        [DATABASE, OVER_REDIS],
+        [DATABASE, DJANGO_TASKS],
+        [DATABASE, NO_QUEUE],
+    ],
+    ids=["orm", "redis", "django-tasks", "no-queue"],
 )
 def test_the_settings_of_the_how_to_pass_the_checks(blocks: list[str], tmp_path: Path) -> None:
-    settings = SETTINGS if DJANGO_TASKS not in blocks else SETTINGS.replace('"django_q", ', "")
+    needs_django_q = {OVER_ORM, OVER_REDIS} & {*blocks}
+    settings = SETTINGS if needs_django_q else SETTINGS.replace('"django_q", ', "")
     (tmp_path / "how_to_settings.py").write_text(settings + "".join(blocks))
     done = subprocess.run(
         [sys.executable, "-m", "django", "check"],

@@ -7,17 +7,14 @@ such as `db_worker`, is started by `manage.py withpacemaker`, as nothing tells w
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Mapping
-from datetime import datetime
+from collections.abc import Callable
 
 from django.core.checks import CheckMessage, Warning  # noqa: A004
 from django.db import transaction
 
-from .. import clock
 from ..exceptions import ImproperSetting
-from ..recurrence import Recurrence
-from . import QueueSchedule
 from .slices import run_slice
+from .timetable import Timetable
 
 try:
     from django.tasks import task
@@ -31,12 +28,8 @@ except ImportError:
         ) from None
 
 
-class DjangoTasksEngine:
+class DjangoTasksEngine(Timetable):
     """Enqueues one task of `django.tasks` for each dispatch."""
-
-    def __init__(self) -> None:
-        self._recurrences: Mapping[str, Recurrence] = {}
-        self._due: dict[str, datetime] = {}
 
     def dispatch(self, using: str) -> None:
         """Enqueue a wake-up on commit; a backend that is away delays the flow and no more."""
@@ -44,31 +37,6 @@ class DjangoTasksEngine:
 
     def connect(self, on_worker_start: Callable[[], Callable[[], None]]) -> None:
         """Leave it to `manage.py withpacemaker`: such workers do not tell when they start."""
-
-    def sync_recurring(self, recurrences: Mapping[str, Recurrence]) -> None:
-        """Remember when each is due next: such queues have no schedules.
-
-        So what falls due while no pacemaker lives is not caught up.
-        """
-        now = clock.now()
-        self._recurrences = recurrences
-        self._due = {
-            name: self._due.get(name) or item.next_after(now) for name, item in recurrences.items()
-        }
-
-    def schedules(self) -> dict[str, QueueSchedule]:
-        """Return none: such queues have no schedules."""
-        return {}
-
-    def fire_recurring(self) -> None:
-        """Schedule what is due; its key makes that one flow, however many pacemakers do so."""
-        from ..runner import flow_runner
-
-        now = clock.now()
-        for name, moment in self._due.items():
-            if moment <= now:
-                flow_runner.fire_recurring(name, moment)
-                self._due[name] = self._recurrences[name].next_after(now)
 
     def check(self, using: str) -> list[CheckMessage]:
         """Warn of a backend that runs, or forgets, what it gets where it gets it."""

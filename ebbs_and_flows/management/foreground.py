@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from .stopping import StopRequest
 
 if TYPE_CHECKING:
+    from ..presence import Presence
     from .outcomes import Outcome
 
 # A worker process imports this module before Django is set up.
@@ -44,10 +45,18 @@ def run_due(
     `take` and `give_back` count the flows of several processes against one limit. With `watch`,
     it waits for a database that went away, and shows meanwhile that it lives.
     """
+    with _beside_watching() if choice.watch else nullcontext():
+        _run_due(choice, stop, report, on_task, take, give_back)
+
+
+def _beside_watching() -> Presence:
+    """Return the thread that goes on beside a worker: where no queue has any, a pacemaker."""
+    from ..engines import get_engine
+    from ..engines.foreground import ForegroundEngine
+    from ..pacemaker import Pacemaker
     from ..presence import Presence
 
-    with Presence() if choice.watch else nullcontext():
-        _run_due(choice, stop, report, on_task, take, give_back)
+    return Pacemaker() if isinstance(get_engine(), ForegroundEngine) else Presence()
 
 
 def _run_due(

@@ -1,0 +1,43 @@
+"""When recurring flows are due, for queues that have no schedules of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime
+
+from .. import clock
+from ..recurrence import Recurrence
+from . import QueueSchedule
+
+
+class Timetable:
+    """The part of an `Engine` that recurs, kept in each process that has a pacemaker.
+
+    So what falls due while no pacemaker lives is not caught up.
+    """
+
+    def __init__(self) -> None:
+        self._recurrences: Mapping[str, Recurrence] = {}
+        self._due: dict[str, datetime] = {}
+
+    def sync_recurring(self, recurrences: Mapping[str, Recurrence]) -> None:
+        """Remember when each is due next."""
+        now = clock.now()
+        self._recurrences = recurrences
+        self._due = {
+            name: self._due.get(name) or item.next_after(now) for name, item in recurrences.items()
+        }
+
+    def fire_recurring(self) -> None:
+        """Schedule what is due; its key makes that one flow, however many pacemakers do so."""
+        from ..runner import flow_runner
+
+        now = clock.now()
+        for name, moment in self._due.items():
+            if moment <= now:
+                flow_runner.fire_recurring(name, moment)
+                self._due[name] = self._recurrences[name].next_after(now)
+
+    def schedules(self) -> dict[str, QueueSchedule]:
+        """Return none: the queue has no schedules."""
+        return {}
