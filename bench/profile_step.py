@@ -1,10 +1,10 @@
 """Where a step's time goes: the database's, and Python's own.
 
-The database's is the time within the driver's calls, measured where the driver waits for the
-server (psycopg) or runs the engine (sqlite3), whoever calls it. Python's own is the processor's
-time outside of them: our code, Django's, and the task's. Both are measured without a profiler,
-which would change them; the list of functions that follows is a profiler's: only its proportions
-count.
+The database's is the time within the driver's calls: where psycopg waits for the server, where
+`repository/libpq.py` has it send a statement and read the rows, where sqlite3 runs the engine.
+Python's own is the processor's time outside of them: our code, Django's, and the task's. Both are
+measured without a profiler, which would change them; the list of functions that follows is a
+profiler's: only its proportions count.
 """
 
 from __future__ import annotations
@@ -35,11 +35,16 @@ class Clock:
     # Of the processor, which others cannot take from it as they can take time.
     processor: float = 0
     calls: int = 0
+    # A call within another one counts once.
+    depth: int = 0
 
     def timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return the function, with the time of its calls added up here."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
+            if self.depth:
+                return function(*args, **kwargs)
+            self.depth = 1
             began, spent = time.perf_counter(), time.thread_time()
             try:
                 return function(*args, **kwargs)
@@ -47,6 +52,7 @@ class Clock:
                 self.seconds += time.perf_counter() - began
                 self.processor += time.thread_time() - spent
                 self.calls += 1
+                self.depth = 0
 
         return call
 
@@ -79,7 +85,10 @@ def _watch_driver(vendor: str) -> None:
     if vendor == "postgresql":
         import psycopg
 
+        from ebbs_and_flows.repository import libpq
+
         psycopg.Connection.wait = clock.timed(psycopg.Connection.wait)  # type: ignore[method-assign]
+        libpq.execute = clock.timed(libpq.execute)
     else:
         from django.db import connection
 
