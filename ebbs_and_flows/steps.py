@@ -324,12 +324,14 @@ class StepService:
             self._cancel(run)
             path = []
         else:
+            is_later = forgive and retry_after is not None
+            why = "asked to be called again" if is_later else f"failed: {error_type}"
             path = [
                 transition(
                     FlowStatus.RUNNING,
                     FlowStatus.FAILED,
                     actor=run.worker,
-                    reason=f"{run.task_name} failed: {error_type}",
+                    reason=f"{run.task_name} {why}",
                 )
             ]
             if retry_after is not None:

@@ -501,7 +501,9 @@ def test_a_form_of_references_and_of_derived_data_is_scheduled(
 # The overview
 
 
-def test_the_overview_counts_and_warns_when_nobody_works(admin_client: Client) -> None:
+def test_the_overview_counts_and_warns_when_nobody_works(
+    admin_client: Client, settings: Any
+) -> None:
     succeeded()
     failed()
     flow = flow_runner.schedule_flow("billing")
@@ -521,7 +523,9 @@ def test_the_overview_counts_and_warns_when_nobody_works(admin_client: Client) -
     assert "No worker is running" not in text
     assert "w:1" in text
     WorkerProcess.objects.update(seen_at=now - timedelta(minutes=2))
-    assert "No worker is running" in page(admin_client, LIST)
+    assert "Start one with manage.py qcluster." in page(admin_client, LIST)
+    settings.EBBS_AND_FLOWS = {"ENGINE": "ebbs_and_flows.engines.foreground.ForegroundEngine"}
+    assert "Start one with manage.py runflows --watch." in page(admin_client, LIST)
 
 
 def test_the_overview_finds_the_oldest_due_flow_behind_others_of_every_priority(

@@ -426,6 +426,11 @@ def test_a_task_that_asks_for_later_is_told_of_as_no_failure(
     assert first.output == "The parcel is on its way."
     assert (first.asked_for_later, second.asked_for_later) == (True, False)
     assert "Traceback" in second.output
+    failures = FlowTransition.objects.filter(flow_execution=flow, to_status=FlowStatus.FAILED)
+    assert [failure.reason for failure in failures.order_by("pk")] == [
+        "poll asked to be called again",
+        "poll failed: ValueError",
+    ]
 
 
 def test_a_task_that_asks_for_later_than_the_deadline_has_failed(

@@ -141,7 +141,9 @@ def test_what_stands_on_top(tmp_path: Path) -> None:
     WorkerProcess.objects.all().delete()
     move_clock(timedelta(minutes=5))
     alarming = sight_of(look(selection()))
-    assert alarming.alarm.startswith("Flows are due and no worker is alive. Start one with ")
+    assert alarming.alarm == (
+        "Flows are due and no worker is alive. Start one with manage.py qcluster."
+    )
     assert any(line.startswith("! Flows are due") for line in drawn(alarming))
 
 

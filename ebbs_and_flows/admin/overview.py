@@ -16,6 +16,7 @@ from django.utils.translation import ngettext
 
 from .. import clock
 from ..durations import duration
+from ..engines import get_engine
 from ..models import FlowExecution, WorkerProcess
 from ..monitoring import ALIVE, oldest_due_at
 from ..service import flow_service
@@ -84,8 +85,8 @@ def overview() -> Overview:
     if age is not None and age > TOO_LATE and not any(worker.is_alive for worker in workers):
         alarm = _(
             "No worker is running, and a flow has been due for %(age)s. Start one with"
-            " manage.py qcluster, or with manage.py runflows --watch."
-        ) % {"age": duration(age)}
+            " manage.py %(command)s."
+        ) % {"age": duration(age), "command": get_engine().worker_command}
     return Overview(
         figures=[
             Figure(name=_("Waiting"), value=_at_most(waiting), query="status=waiting"),

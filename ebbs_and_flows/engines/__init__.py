@@ -30,6 +30,9 @@ class QueueSchedule:
 class Engine(Protocol):
     """What `ENGINE` names: a class without arguments."""
 
+    worker_command: str
+    """What starts a worker of the queue, after `manage.py`; people are told it when none lives."""
+
     def dispatch(self, using: str) -> None:
         """Tell some worker that a flow is due, once the current transaction commits."""
 

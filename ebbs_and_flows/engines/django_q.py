@@ -49,6 +49,8 @@ ENTRY = "ebbs_and_flows.engines.django_q.run_due_flows"
 class DjangoQEngine:
     """Puts one message on the queue for each dispatch; results stay out of django-q2's tables."""
 
+    worker_command = "qcluster"
+
     def dispatch(self, using: str) -> None:
         """Enqueue a wake-up: in the same transaction where the broker allows, else on commit."""
         if using == Conf.ORM and not Conf.SYNC:

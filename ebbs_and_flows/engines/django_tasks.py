@@ -31,6 +31,8 @@ except ImportError:
 class DjangoTasksEngine(Timetable):
     """Enqueues one task of `django.tasks` for each dispatch."""
 
+    worker_command = "withpacemaker db_worker"
+
     def dispatch(self, using: str) -> None:
         """Enqueue a wake-up on commit; a backend that is away delays the flow and no more."""
         transaction.on_commit(run_due_flows.enqueue, using=using, robust=True)

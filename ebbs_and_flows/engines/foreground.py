@@ -12,6 +12,8 @@ from .timetable import Timetable
 class ForegroundEngine(Timetable):
     """Wakes nobody. `runflows --watch` has a pacemaker of its own where this is the engine."""
 
+    worker_command = "runflows --watch"
+
     def dispatch(self, using: str) -> None:
         """Leave it to the next look of a worker."""
 

@@ -14,6 +14,7 @@ from django.db.models import OuterRef, Subquery
 from django.db.models.functions import Left
 
 from ..durations import duration
+from ..engines import get_engine
 from ..models import FlowExecution
 from ..monitoring import (
     MAX_COUNTED,
@@ -156,8 +157,8 @@ class Sight:
         if not self.glance.standing.is_well:
             alarms.insert(
                 0,
-                "Flows are due and no worker is alive. Start one with manage.py qcluster, or with"
-                " manage.py runflows --watch.",
+                "Flows are due and no worker is alive. Start one with"
+                f" manage.py {get_engine().worker_command}.",
             )
         return " ".join(alarms)
 
