@@ -75,6 +75,10 @@ class WrongEntryType(EbbsAndFlowsError, TypeError):
     """An entry was read as a type that it does not have."""
 
 
+class TransactionLeftOpen(EbbsAndFlowsError, RuntimeError):
+    """A task returned from the middle of a transaction that it had begun."""
+
+
 class InvalidTaskResult(EbbsAndFlowsError, TypeError):
     """A task returned something other than an `ExecutionContext`."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 from croniter import croniter
@@ -63,11 +63,19 @@ class Recurrence:
     def missed(self, intended_at: datetime, now: datetime) -> Iterator[datetime]:
         """Yield the due times from the intended one to now that are to make a flow."""
         times = [] if self._comes_again(intended_at) else [intended_at]
-        following = self.next_after(intended_at)
-        while following <= now and len(times) < MAX_CAUGHT_UP:
+        # The latest one is looked for within a day, so that a year of minutes is not gone through.
+        day_before = self._last_before(now) - timedelta(days=1)
+        following = self.next_after(intended_at if self.catch_up else max(intended_at, day_before))
+        while following <= now:
             times.append(following)
+            if self.catch_up and len(times) >= MAX_CAUGHT_UP:
+                break
             following = self.next_after(following)
         yield from times if self.catch_up else times[-1:]
+
+    def _last_before(self, moment: datetime) -> datetime:
+        found: datetime = croniter(self.cron, timezone.localtime(moment)).get_prev(datetime)
+        return found
 
     def _comes_again(self, moment: datetime) -> bool:
         """Whether it is the second time that the clocks show this time of a day's one run."""

@@ -535,9 +535,7 @@ class FlowRunner:
         return self.service.count_due(self._chosen(templates), wanted)
 
     def _run(self, run: ClaimedRun, worker: Worker) -> None:
-        template = self._templates[run.flow.template_name]
-        if self.service.begin(run, template):
-            worker.run(run, template)
+        worker.run(run, self._templates[run.flow.template_name])
 
     def _dispatch(self, flow: FlowExecution) -> None:
         # A flow that is for later has no rank yet: a pacemaker wakes a worker for it.

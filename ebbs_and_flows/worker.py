@@ -11,8 +11,8 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 from asgiref.sync import async_to_sync
 from django.db import DatabaseError, InterfaceError, OperationalError, connections
@@ -25,8 +25,10 @@ from .exceptions import (
     DeadlineExceeded,
     FailFlow,
     InvalidTaskResult,
+    OuterTransaction,
     RetryLater,
     TaskTimeout,
+    TransactionLeftOpen,
 )
 from .flows import FlowTemplate, Task
 from .heartbeat import WatchedRun, heartbeat
@@ -36,10 +38,12 @@ from .service import FlowService
 from .status import TaskStatus
 from .tasklog import Keeper, keep, keeping
 from .timeouts import Limit, Overdue, interrupt_after
+from .transactions import end_left_open, state_of_transactions
 from .validation import storable_text
 
 logger = logging.getLogger("ebbs_and_flows")
 
+T = TypeVar("T")
 OnTask = Callable[[ClaimedRun, str, TaskStatus], None]
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 1.0
@@ -49,9 +53,13 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 1.0
 class _BodyFailed(Exception):
     """What a task's own code raised, told apart from what the records' writing raises."""
 
-    def __init__(self, error: BaseException, log: str = "") -> None:
+    def __init__(self, error: BaseException, log: str = "", *, at_commit: bool = False) -> None:
         self.error = error
         self.log = log
+        # Or after it, by a hook of the task's own: the step may have been committed.
+        self.at_commit = at_commit
+        # By the database, with all that the body had done there: it can be made again.
+        self.was_undone = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +96,8 @@ class Worker:
         inside = self._repository.connection.in_atomic_block
         watch = nullcontext(None) if inside else heartbeat.watch(self._repository, run)
         try:
+            if not self._service.begin(run, template):
+                return
             with watch as watched, keeping() as keeper:
                 attempt = _Attempt(self._service, run, watched, keeper)
                 while self._run_task(run, template, attempt):
@@ -115,28 +125,67 @@ class Worker:
         index, name = run.task_index, run.task_name
         task = template.tasks[index]
         next_task = template.tasks[index + 1].name if index + 1 < len(template.tasks) else None
+        left: float | None = None
+        if run.flow.deadline_at is not None:
+            left = self._patiently(run, lambda: self._time_left(run))
         try:
             if task.atomic:
-                with self._repository.step():
-                    outcome = self._call(task, run, attempt)
-                    goes_on = self._succeed(run, outcome, next_task, hand_back=self._stop())
+                goes_on = self._run_atomic(run, task, attempt, left, next_task)
             else:
-                outcome = self._call(task, run, attempt)
+                outcome = self._call(task, run, attempt, left)
                 # Asked once: the same answer for each try to store it.
                 hand_back = self._stop()
                 goes_on = self._persist(
                     run, lambda: self._succeed(run, outcome, next_task, hand_back=hand_back)
                 )
         except _BodyFailed as failed:
-            return self._fail(run, task, failed.error, failed.log, span)
+            return self._fail(run, task, failed, span)
         except (DatabaseError, InterfaceError) as error:
-            if not task.atomic and isinstance(error, (OperationalError, InterfaceError)):
+            if isinstance(error, (OperationalError, InterfaceError)):
                 # The database stayed away for a whole lease: the flow is recovered.
                 raise
-            # What was written is refused: as late as at the commit of an atomic body.
-            return self._fail(run, task, error, "", span)
+            # What was written is refused.
+            return self._fail(run, task, _BodyFailed(error), span)
         self._on_task(run, name, TaskStatus.SUCCEEDED)
         return goes_on
+
+    def _run_atomic(
+        self,
+        run: ClaimedRun,
+        task: Task,
+        attempt: _Attempt,
+        left: float | None,
+        next_task: str | None,
+    ) -> bool:
+        """Run the task and store its outcome in one transaction.
+
+        Whatever is raised, by the body, by the commit or by a hook of the task's own after it, is
+        a `_BodyFailed`; and the run is where it was, for what was not committed has not been.
+        """
+        before, raw = replace(run), None
+        try:
+            with self._repository.step():
+                raw = self._repository.connection.connection
+                outcome = self._call(task, run, attempt, left)
+                return self._succeed(run, outcome, next_task, hand_back=self._stop())
+        except (KeyboardInterrupt, GeneratorExit, ClaimLost, OuterTransaction):
+            run.go_back_to(before)
+            raise
+        except _BodyFailed as failed:
+            failed.was_undone = self._was_undone(failed.error, raw)
+            raise
+        except BaseException as error:
+            run.go_back_to(before)
+            at_commit = _BodyFailed(error, at_commit=True)
+            at_commit.was_undone = self._was_undone(error, raw)
+            raise at_commit from error
+
+    def _was_undone(self, error: BaseException, raw: object) -> bool:
+        """Whether the database undid a transaction for another one's sake, or lost it."""
+        if not isinstance(error, (OperationalError, InterfaceError)):
+            return False
+        # Django has opened another connection, or none, where this one was lost.
+        return is_contention(error) or self._repository.connection.connection is not raw
 
     def _succeed(
         self, run: ClaimedRun, outcome: _Outcome, next_task: str | None, *, hand_back: bool
@@ -147,8 +196,13 @@ class Worker:
 
     # The task's own code
 
-    def _call(self, task: Task, run: ClaimedRun, attempt: _Attempt) -> _Outcome:
-        """Run the task's code and return its new entries in their stored form."""
+    def _call(
+        self, task: Task, run: ClaimedRun, attempt: _Attempt, left: float | None
+    ) -> _Outcome:
+        """Run the task's code and return its new entries in their stored form.
+
+        `left` are the seconds until the flow's deadline, None where there is none.
+        """
         settings = get_settings()
         context = ExecutionContext.from_stored(
             run.stored,
@@ -158,29 +212,37 @@ class Worker:
             idempotency_key=f"{run.flow.pk}-{run.task_index}-{run.task_name}",
             attempt_in_progress=attempt,
         )
+        before = state_of_transactions()
         with attempt.keeper.kept(settings.MAX_LOG_BYTES) as log:
             try:
-                result = self._limited(task, run, context)
+                result = self._limited(task, run, context, left)
+                if (left_open := end_left_open(before)) is not None:
+                    raise TransactionLeftOpen(
+                        f"Task {task.name!r} left a transaction open on the database"
+                        f" {left_open!r}, so it was undone: end each atomic() block, and turn"
+                        f" autocommit on again, before the task returns."
+                    )
                 if not isinstance(result, ExecutionContext):
                     raise InvalidTaskResult(
                         f"Task {task.name!r} returned {type(result).__name__}: return the"
                         f" context, or context.with_entries(…) with what is new."
                     )
                 entries = result.encode_new_entries(run.stored, max_bytes=settings.MAX_ENTRY_BYTES)
-            except (KeyboardInterrupt, GeneratorExit):
+            except (KeyboardInterrupt, GeneratorExit) as interruption:
+                end_left_open(before, interruption)
                 raise
             except BaseException as error:
+                end_left_open(before, error)
                 # SystemExit and a cancelled coroutine too: the process goes on, the attempt not.
                 raise _BodyFailed(error, str(log)) from error
         return _Outcome(entries, str(log))
 
-    def _limited(self, task: Task, run: ClaimedRun, context: ExecutionContext) -> object:
+    def _limited(
+        self, task: Task, run: ClaimedRun, context: ExecutionContext, left: float | None
+    ) -> object:
         """Run the code for as long as the task's time-out and the flow's deadline allow."""
-        left = None
-        if run.flow.deadline_at is not None:
-            left = (run.flow.deadline_at - self._repository.now()).total_seconds()
-            if left <= 0:
-                raise DeadlineExceeded(run.flow.pk, run.flow.deadline_at)
+        if left is not None and left <= 0:
+            raise DeadlineExceeded(run.flow.pk, run.flow.deadline_at)
         if task.timeout is None and left is None:
             return self._result(task, context, Limit(None))
         ends_by_deadline = task.timeout is None or (left is not None and left < task.timeout)
@@ -227,60 +289,50 @@ class Worker:
     # Failures
 
     def _fail(
-        self,
-        run: ClaimedRun,
-        task: Task,
-        error: BaseException,
-        log: str,
-        span: telemetry.Attempt,
+        self, run: ClaimedRun, task: Task, failed: _BodyFailed, span: telemetry.Attempt
     ) -> bool:
         """Store that the attempt failed; return whether the flow goes on here after all."""
-        # An atomic task's commit may have failed after its step.
-        run.ended = None
-        retry_after, forgive, interrupted, reason = None, False, False, ""
-        settings = get_settings()
-        if isinstance(error, RetryLater):
-            retry_after, forgive, reason = error.delay, True, storable_text(str(error))
-        elif (
-            task.atomic
-            and run.interruptions < settings.MAX_INTERRUPTIONS
-            and self._was_in_the_way(error)
-        ):
-            # All that the body did to the database was undone, so it is safe to make it again.
-            retry_after, interrupted, reason = 0.0, True, "The database undid it"
-        elif (
-            not isinstance(error, (FailFlow, DeadlineExceeded))
-            and task.retry is not None
-            and task.retry.covers(error, run.counted_attempts)
-        ):
-            retry_after = task.retry.delay_after(run.counted_attempts)
-        if retry_after is not None and self._ends_before(run, retry_after):
-            retry_after = None
-        later = error.delay if isinstance(error, RetryLater) and retry_after is not None else None
-        output = describe(error, settings.MAX_OUTPUT_BYTES, message_only=later is not None)
+        error, name = failed.error, run.task_name
+        self._repository.drop_broken_connections()
+        again = _Again.of(run, task, failed)
+        later: float | None = None
 
         def write() -> bool:
+            nonlocal later
             with self._repository.step():
+                after, left = again.after, self._time_left(run)
+                if after is not None and left is not None and left <= after:
+                    after = None
+                later = after if isinstance(error, RetryLater) else None
                 return self._service.fail_step(
                     run,
-                    output,
+                    describe(
+                        error, get_settings().MAX_OUTPUT_BYTES, message_only=later is not None
+                    ),
                     error_name(error),
-                    retry_after=retry_after,
-                    forgive=forgive,
-                    interrupted=interrupted,
-                    reason=reason,
-                    log=log,
+                    retry_after=after,
+                    forgive=again.forgive,
+                    interrupted=again.interrupted,
+                    reason=again.reason,
+                    log=failed.log,
                     error=error,
                 )
 
-        self._repository.drop_broken_connections()
-        name = run.task_name
-        if self._persist(run, write):
-            # An atomic body had been committed, although its commit raised.
-            self._on_task(run, name, TaskStatus.SUCCEEDED)
-            return True
-        span.failed(error)
         extra = {"flow": run.flow.pk, "template": run.flow.template_name, "task": name}
+        attempt = run.task_execution_id
+        goes_on = self._persist(run, write)
+        if failed.at_commit and self._has_succeeded(attempt):
+            logger.warning(
+                "Task %s of flow %s has succeeded; what came after its commit has not: %s",
+                name,
+                run.flow.pk,
+                error_name(error),
+                exc_info=error,
+                extra=extra,
+            )
+            self._on_task(run, name, TaskStatus.SUCCEEDED)
+            return goes_on
+        span.failed(error)
         if later is not None:
             logger.info(
                 "Task %s of flow %s asked to be called again in %g s.",
@@ -296,17 +348,14 @@ class Worker:
         self._on_task(run, name, TaskStatus.FAILED)
         return False
 
-    def _ends_before(self, run: ClaimedRun, retry_after: float) -> bool:
-        deadline = run.flow.deadline_at
-        if deadline is None:
-            return False
-        return (deadline - self._repository.now()).total_seconds() <= retry_after
+    def _has_succeeded(self, task_execution_id: int) -> bool:
+        attempts = self._repository.attempts.filter(pk=task_execution_id)
+        return attempts.filter(status=TaskStatus.SUCCEEDED).exists()
 
-    def _was_in_the_way(self, error: BaseException) -> bool:
-        """Whether the database undid a transaction for another one's sake, or was lost."""
-        if not isinstance(error, (OperationalError, InterfaceError)):
-            return False
-        return is_contention(error) or not self._repository.connection.is_usable()
+    def _time_left(self, run: ClaimedRun) -> float | None:
+        """Return the seconds until the flow's deadline; None where there is none."""
+        deadline = run.flow.deadline_at
+        return None if deadline is None else (deadline - self._repository.now()).total_seconds()
 
     def _persist(self, run: ClaimedRun, write: Callable[[], bool]) -> bool:
         """Make a write that is a transaction of its own, through a database that comes and goes.
@@ -314,22 +363,34 @@ class Worker:
         Where its outcome is unknown, the database is asked, and what was not committed is written
         again, for as long as the lease would last. Returns whether the flow goes on here.
         """
+        return self._patiently(run, write, lambda: self._service.settle(run))
+
+    def _patiently(
+        self,
+        run: ClaimedRun,
+        action: Callable[[], T],
+        ask: Callable[[], T | None] = lambda: None,
+    ) -> T:
+        """Do what needs the database until it answers, for a lease.
+
+        After a failure `ask()` tells what the action has done after all; None is nothing.
+        """
         until = time.monotonic() + get_settings().LEASE_SECONDS
         pause = _FIRST_PAUSE
         unsettled = False
         while True:
             try:
                 if unsettled:
-                    settled = self._service.settle(run)
+                    settled = ask()
                     if settled is not None:
                         return settled
-                return write()
+                return action()
             except (OperationalError, InterfaceError):
                 connection = self._repository.connection
                 if connection.in_atomic_block or time.monotonic() >= until:
                     raise
                 logger.warning(
-                    "A write of flow %s is tried again.",
+                    "Flow %s: the database does not answer; it is asked again.",
                     run.flow.pk,
                     exc_info=not unsettled,
                     extra={"flow": run.flow.pk, "template": run.flow.template_name},
@@ -359,6 +420,33 @@ def _end_queries() -> None:
         if hasattr(raw, "cancel_safe") and raw.info.transaction_status.name == "ACTIVE":
             with suppress(Exception):
                 raw.cancel_safe(timeout=2)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Again:
+    """Whether, when and why a task that failed is to be made again."""
+
+    # Seconds; None is never.
+    after: float | None = None
+    forgive: bool = False
+    interrupted: bool = False
+    reason: str = ""
+
+    @classmethod
+    def of(cls, run: ClaimedRun, task: Task, failed: _BodyFailed) -> _Again:
+        """Return what the error, the database and the task's retry rule say."""
+        error = failed.error
+        if isinstance(error, RetryLater):
+            return cls(after=error.delay, forgive=True, reason=storable_text(str(error)))
+        if failed.was_undone and run.interruptions < get_settings().MAX_INTERRUPTIONS:
+            return cls(after=0.0, interrupted=True, reason="The database undid it")
+        if (
+            not isinstance(error, (FailFlow, DeadlineExceeded))
+            and task.retry is not None
+            and task.retry.covers(error, run.counted_attempts)
+        ):
+            return cls(after=task.retry.delay_after(run.counted_attempts))
+        return cls()
 
 
 class _Attempt:

@@ -26,7 +26,7 @@ from ebbs_and_flows import (
 from ebbs_and_flows.engines.django_q import fire_recurring
 from ebbs_and_flows.models import FlowExecution
 from ebbs_and_flows.pacemaker import Pacemaker
-from ebbs_and_flows.recurrence import Recurrence
+from ebbs_and_flows.recurrence import MAX_CAUGHT_UP, Recurrence
 
 from .test_cluster import until
 
@@ -60,6 +60,14 @@ def test_six_in_the_morning_stays_six_when_the_clocks_change() -> None:
     ]
     autumn = at_six.next_after(datetime(2026, 10, 24, 12, tzinfo=BERLIN))
     assert autumn.astimezone(UTC).isoformat() == "2026-10-25T05:00:00+00:00"
+
+
+def due_after(cron: str, start: datetime, end: datetime) -> list[datetime]:
+    """The due times from one moment to another; the first one at least."""
+    found = [recurrence(cron).next_after(start)]
+    while (following := recurrence(cron).next_after(found[-1])) <= end:
+        found.append(following)
+    return found
 
 
 def due_on(cron: str, start: datetime, number: int) -> list[str]:
@@ -112,6 +120,16 @@ def test_missed_times_are_caught_up_or_only_the_latest_is() -> None:
     every = recurrence("0 6 * * *", catch_up=True)
     assert [moment.day for moment in every.missed(first, now)] == [1, 2, 3, 4]
     assert list(every.missed(first, first)) == [first]
+
+
+@pytest.mark.parametrize("cron", ["* * * * *", "*/7 3-9 * * 1-5", "30 2 * * *", "0 0 1 1 *"])
+def test_the_latest_missed_time_is_found_however_many_there_were(cron: str) -> None:
+    times = due_after(cron, datetime(2026, 3, 20, tzinfo=UTC), datetime(2026, 4, 2, 9, tzinfo=UTC))
+    for now in (times[-1] + timedelta(seconds=1), times[len(times) // 2]):
+        (latest,) = recurrence(cron).missed(times[0], now)
+        assert latest == max(moment for moment in times if moment <= now)
+    many = list(recurrence(cron, catch_up=True).missed(times[0], times[-1]))
+    assert many == times[:MAX_CAUGHT_UP]
 
 
 @pytest.fixture

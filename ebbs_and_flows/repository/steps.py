@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import timedelta
 from typing import Any
 
@@ -64,6 +64,11 @@ class ClaimedRun:
     task_execution_id: int = 0
     # The flow as its last step left it, where that step tells.
     ended: FlowExecution | None = None
+
+    def go_back_to(self, before: ClaimedRun) -> None:
+        """Be what a copy of it was, as a step that moved it on was not committed."""
+        for field in fields(self):
+            setattr(self, field.name, getattr(before, field.name))
 
     @property
     def counted_attempts(self) -> int:

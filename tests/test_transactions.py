@@ -1,0 +1,206 @@
+"""What a task does to its transactions, commits and connections costs itself, and nobody else."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from django.db import IntegrityError, OperationalError, transaction
+from django.utils import timezone
+
+from ebbs_and_flows import ExecutionContext, FlowRunner, FlowStatus, FlowTemplate, Retry, task
+from ebbs_and_flows.models import FlowExecution, TaskExecution
+from ebbs_and_flows.status import TaskStatus
+
+from .databases import connection
+
+pytestmark = pytest.mark.django_db(transaction=True)
+
+Body = Callable[[ExecutionContext], ExecutionContext]
+
+
+@pytest.fixture
+def ran() -> list[str]:
+    """The tasks that ran, in order."""
+    return []
+
+
+@pytest.fixture
+def run(runner: FlowRunner, ran: list[str]) -> Callable[..., FlowExecution]:
+    """Run a flow whose first task has this body; it ends with a plain one."""
+
+    def run_flow(body: Body, **options: Any) -> FlowExecution:
+        def first(context: ExecutionContext) -> ExecutionContext:
+            ran.append("first")
+            return body(context)
+
+        def second(context: ExecutionContext) -> ExecutionContext:
+            ran.append("second")
+            return context
+
+        tasks = [task(name="first", **options)(first), task(name="second")(second)]
+        runner.register_flow_template(FlowTemplate("order", tasks=tasks))
+        runner.schedule_flow("order")
+        flow = runner.run_next()
+        assert flow is not None
+        assert not connection.in_atomic_block
+        assert connection.get_autocommit()
+        return flow
+
+    return run_flow
+
+
+def attempts() -> list[tuple[str, int, str, str]]:
+    found = TaskExecution.objects.order_by("pk")
+    return list(found.values_list("task_name", "attempt", "status", "error_type"))
+
+
+def break_a_reference(context: ExecutionContext) -> ExecutionContext:
+    """Write what is found out at the commit, where foreign keys are deferred."""
+    TaskExecution.objects.create(
+        flow_execution_id=999_999, task_index=0, attempt=1, claim=0, started_at=timezone.now()
+    )
+    return context
+
+
+# An atomic task's commit
+
+
+def test_i3_a_commit_that_is_refused_is_the_failure_of_its_own_task(
+    run: Callable[..., FlowExecution], ran: list[str]
+) -> None:
+    flow = run(break_a_reference, atomic=True)
+    assert (flow.status, flow.current_task_index) == (FlowStatus.FAILED, 0)
+    assert attempts() == [("first", 1, "FAILED", "django.db.utils.IntegrityError")]
+    assert ran == ["first"]
+
+
+def raised_after_commit(error: BaseException) -> Body:
+    def body(context: ExecutionContext) -> ExecutionContext:
+        def hook() -> None:
+            raise error
+
+        transaction.on_commit(hook, using=connection.alias)
+        return context.with_entries(charged=True)
+
+    return body
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ConnectionError("mail"), OperationalError("database is locked"), IntegrityError("no")],
+    ids=lambda error: type(error).__name__,
+)
+def test_i2_a_hook_that_raises_after_the_commit_changes_nothing(
+    error: Exception,
+    run: Callable[..., FlowExecution],
+    ran: list[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    flow = run(raised_after_commit(error), atomic=True)
+    assert flow.status == FlowStatus.SUCCEEDED
+    assert flow.execution_context["charged"] is True
+    assert attempts() == [("first", 1, "SUCCEEDED", ""), ("second", 1, "SUCCEEDED", "")]
+    assert ran == ["first", "second"]
+    (said,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert "has succeeded; what came after its commit has not" in said.getMessage()
+
+
+def test_i2_so_does_one_of_the_last_task(
+    runner: FlowRunner, caplog: pytest.LogCaptureFixture
+) -> None:
+    last = task(name="last", atomic=True)(raised_after_commit(ConnectionError("mail")))
+    runner.register_flow_template(FlowTemplate("order", tasks=[last]))
+    runner.schedule_flow("order")
+    seen: list[TaskStatus] = []
+    flow = runner.run_next(on_task=lambda run, name, status: seen.append(status))
+    assert flow is not None
+    assert flow.status == FlowStatus.SUCCEEDED
+    assert seen == [TaskStatus.SUCCEEDED]
+    assert "last of flow" in caplog.text
+    assert "failed" not in caplog.text
+
+
+# Transactions that are left open
+
+
+def rows_in_a_block() -> Iterator[int]:
+    with transaction.atomic(using=connection.alias):
+        yield from range(3)
+
+
+def stop_in_the_middle(context: ExecutionContext) -> ExecutionContext:
+    for row in rows_in_a_block():
+        raise ValueError(f"row {row} is bad")
+    return context
+
+
+@pytest.mark.parametrize("atomic", [True, False])
+def test_an_error_in_the_middle_of_a_generators_block_is_stored_as_it_is(
+    run: Callable[..., FlowExecution], atomic: bool
+) -> None:
+    flow = run(stop_in_the_middle, atomic=atomic)
+    assert flow.status == FlowStatus.FAILED
+    assert attempts() == [("first", 1, "FAILED", "ValueError")]
+    assert "row 0 is bad" in TaskExecution.objects.get().output
+
+
+def begin_a_block(context: ExecutionContext) -> ExecutionContext:
+    transaction.atomic(using=connection.alias).__enter__()
+    FlowExecution.objects.update(priority=7)
+    return context
+
+
+def turn_autocommit_off(context: ExecutionContext) -> ExecutionContext:
+    connection.set_autocommit(False)
+    FlowExecution.objects.update(priority=7)
+    return context
+
+
+@pytest.mark.parametrize(
+    ("body", "atomic"),
+    [(begin_a_block, True), (begin_a_block, False), (turn_autocommit_off, False)],
+)
+def test_what_a_task_leaves_open_is_undone_and_the_task_has_failed(
+    run: Callable[..., FlowExecution], ran: list[str], body: Body, atomic: bool
+) -> None:
+    flow = run(body, atomic=atomic)
+    assert (flow.status, flow.priority) == (FlowStatus.FAILED, 0)
+    assert attempts() == [("first", 1, "FAILED", "TransactionLeftOpen")]
+    assert "left a transaction open on the database" in TaskExecution.objects.get().output
+    assert ran == ["first"]
+
+
+# A connection that is lost
+
+
+@pytest.mark.skipif(connection.vendor == "sqlite", reason="SQLite has no connection to lose")
+def test_a_connection_that_is_lost_in_an_atomic_task_costs_no_retry(
+    runner: FlowRunner, run: Callable[..., FlowExecution], ran: list[str]
+) -> None:
+    def lose_it_once(context: ExecutionContext) -> ExecutionContext:
+        if ran == ["first"]:
+            from django.db import connections
+
+            with connection.cursor() as cursor:
+                own = "CONNECTION_ID()" if connection.vendor == "mysql" else "pg_backend_pid()"
+                cursor.execute(f"SELECT {own}")
+                (number,) = cursor.fetchone()
+            other = connections.create_connection(connection.alias)
+            with other.cursor() as cursor:
+                if connection.vendor == "mysql":
+                    cursor.execute(f"KILL {number}")
+                else:
+                    cursor.execute("SELECT pg_terminate_backend(%s)", [number])
+            other.close()
+            FlowExecution.objects.count()
+        return context
+
+    flow = run(lose_it_once, atomic=True, retry=Retry(attempts=1))
+    assert flow.status == FlowStatus.RESCHEDULED
+    ended = runner.run_next()
+    assert ended is not None
+    assert ended.status == FlowStatus.SUCCEEDED
+    assert ran == ["first", "first", "second"]
