@@ -33,6 +33,15 @@ def check_settings(**kwargs: Any) -> list[CheckMessage]:
             )
         )
     using = router.db_for_write(FlowExecution)
+    if not connections[using].settings_dict["AUTOCOMMIT"]:
+        found.append(
+            Error(
+                f"The database {using!r} has AUTOCOMMIT off, so that what flows do would not be"
+                " committed.",
+                hint="Leave AUTOCOMMIT out of its settings.",
+                id="ebbs_and_flows.E005",
+            )
+        )
     found += _check_engine(using)
     found += _check_templates()
     found += _check_lease(using)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from queue import Empty, SimpleQueue
 
 from django.db import connections
 
@@ -80,8 +82,11 @@ class Heartbeat:
             os.register_at_fork(after_in_child=self._forget)
 
     def _forget(self) -> None:
-        self._changed = threading.Condition()
-        self._runs: set[WatchedRun] = set()
+        # No lock: a task's time-out is raised wherever its thread is, in the middle of `wake()`
+        # too, and a lock that it held there would be held for ever.
+        self._wakes: SimpleQueue[None] = SimpleQueue()
+        self._runs: dict[WatchedRun, None] = {}
+        self._starts = threading.Lock()
         self._is_beating = False
         self._wakes_at = 0.0
 
@@ -90,35 +95,42 @@ class Heartbeat:
         """Renew the run's lease within the block, three times a lease."""
         lease = timedelta(seconds=get_settings().LEASE_SECONDS)
         watched = WatchedRun(repository, run, lease)
-        with self._changed:
-            self._runs.add(watched)
-            if not self._is_beating:
-                threading.Thread(target=self._beat, name="flow-heartbeat", daemon=True).start()
-                self._is_beating = True
-            if watched.next_beat < self._wakes_at:
-                self._changed.notify()
+        self._runs[watched] = None
+        if not self._is_beating:
+            self._start()
+        if watched.next_beat < self._wakes_at:
+            self.wake()
         try:
             yield watched
         finally:
-            with self._changed:
-                self._runs.discard(watched)
+            self._runs.pop(watched, None)
+
+    def _start(self) -> None:
+        with self._starts:
+            if not self._is_beating:
+                threading.Thread(target=self._beat, name="flow-heartbeat", daemon=True).start()
+                self._is_beating = True
 
     def wake(self) -> None:
         """Have the thread look at its runs again: one has progress to be written."""
-        with self._changed:
-            self._changed.notify()
+        if self._wakes.empty():
+            self._wakes.put(None)
 
     def _beat(self) -> None:
+        wakes = self._wakes
         while True:
-            with self._changed:
-                now = time.monotonic()
-                self._wakes_at = min((run.next_beat for run in self._runs), default=now + 60)
-                if self._wakes_at > now:
-                    self._changed.wait(self._wakes_at - now)
-                    continue
-                due = [run for run in self._runs if run.next_beat <= now]
-            for watched in due:
-                self._beat_one(watched)
+            now = time.monotonic()
+            # Whoever comes while it is found out wakes the thread in any case.
+            self._wakes_at = math.inf
+            runs = list(self._runs)
+            self._wakes_at = min((run.next_beat for run in runs), default=now + 60)
+            if self._wakes_at > now:
+                with suppress(Empty):
+                    wakes.get(timeout=self._wakes_at - now)
+                continue
+            for watched in runs:
+                if watched.next_beat <= now:
+                    self._beat_one(watched)
 
     @staticmethod
     def _beat_one(watched: WatchedRun) -> None:

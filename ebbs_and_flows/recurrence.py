@@ -35,10 +35,17 @@ class Recurrence:
     catch_up: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not 0 < len(self.name) <= MAX_NAME_LENGTH:
+        name: object = self.name
+        # It is a part of the flows' keys.
+        if (
+            not isinstance(name, str)
+            or not 0 < len(name) <= MAX_NAME_LENGTH
+            or name != name.strip()
+            or not name.isprintable()
+        ):
             raise InvalidFlowTemplate(
-                f"{self.name!r} cannot name a recurring flow: give it a text of 1 to"
-                f" {MAX_NAME_LENGTH} characters."
+                f"{name!r} cannot name a recurring flow: give it a text of 1 to"
+                f" {MAX_NAME_LENGTH} printable characters, without spaces at its ends."
             )
         cron: object = self.cron
         if not isinstance(cron, str) or len(cron.split()) != 5 or not croniter.is_valid(cron):

@@ -6,8 +6,10 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
+
+from django.db import OperationalError
 
 from .conf import get_settings
 from .context import ExecutionContext
@@ -20,7 +22,7 @@ from .exceptions import (
 from .flows import FlowTemplate
 from .models import FlowExecution
 from .recurrence import Recurrence
-from .repository import ClaimedRun, Due
+from .repository import ClaimedRun, Due, is_contention
 from .service import FlowOrPk, FlowService
 from .status import FlowStatus
 from .steps import CLAIMABLE
@@ -272,7 +274,6 @@ class FlowRunner:
         self._dispatch(rescheduled)
         return rescheduled
 
-    @_in_transaction
     def reschedule_flow_executions(
         self,
         pks: Iterable[int],
@@ -286,10 +287,18 @@ class FlowRunner:
         Takes primary keys, some hundreds at a time. Returns those of the flows that were
         rescheduled: one that has not failed is left alone.
         """
-        done = self.service.reschedule_all(pks, priority=priority, actor=actor, reason=reason)
-        for _ in done[:MOST_WAKE_UPS]:
-            get_engine().dispatch(self.service.repository.using)
-        return done
+        # Before the transaction, which may be made again.
+        listed = check_list("flows", pks)
+
+        def reschedule() -> list[int]:
+            done = self.service.reschedule_all(
+                listed, priority=priority, actor=actor, reason=reason
+            )
+            for _ in done[:MOST_WAKE_UPS]:
+                get_engine().dispatch(self.service.repository.using)
+            return done
+
+        return self.service.repository.in_transaction(reschedule)
 
     @_in_transaction
     def fork_flow_execution(
@@ -350,7 +359,6 @@ class FlowRunner:
         """
         return self.service.cancel(flow, actor=actor, reason=reason)
 
-    @_in_transaction
     def cancel_flow_executions(
         self, pks: Iterable[int], *, actor: str = "", reason: str = ""
     ) -> list[int]:
@@ -359,7 +367,10 @@ class FlowRunner:
         Takes primary keys, some hundreds at a time. Returns those of the flows that are, or after
         their task in progress will be, cancelled: one that is over is left alone.
         """
-        return self.service.cancel_all(pks, actor=actor, reason=reason)
+        listed = check_list("flows", pks)
+        return self.service.repository.in_transaction(
+            lambda: self.service.cancel_all(listed, actor=actor, reason=reason)
+        )
 
     # Running
 
@@ -415,16 +426,15 @@ class FlowRunner:
         chosen = self._chosen(templates)
         at_once = False
         for pause in _CLAIM_PAUSES:
-            run, due = self.service.look_and_claim(
-                chosen.values(), worker_name(), wanted, at_once=at_once
-            )
+            claim = partial(self.service.look_and_claim, chosen.values(), worker_name(), wanted)
+            run, due = self._past_others(partial(claim, at_once=at_once), stop)
             if run is not None:
                 self._run(run, Worker(self.service, stop=stop, on_task=on_task))
                 return run.ended or self.service.get_flow_execution(run.flow)
             if not due:
                 return None
             if due.comes_first and not at_once:
-                self._keep_house(due)
+                self._past_others(partial(self._keep_house, due), stop)
                 # Something more may have become due meanwhile: it has its turn next time.
                 at_once = True
                 continue
@@ -433,6 +443,25 @@ class FlowRunner:
                 return None
             time.sleep(pause)
         return None
+
+    def _past_others(self, action: Callable[[], T], stop: Callable[[], bool] | None) -> T:
+        """Do what another transaction may be in the way of, again and again for a lease.
+
+        On SQLite that is the whole of an `atomic` task, during which nobody else can write.
+        """
+        until = time.monotonic() + get_settings().LEASE_SECONDS
+        while True:
+            try:
+                return action()
+            except OperationalError as error:
+                if (
+                    not is_contention(error)
+                    or self.service.repository.connection.in_atomic_block
+                    or time.monotonic() >= until
+                    or (stop is not None and stop())
+                ):
+                    raise
+            time.sleep(_CLAIM_PAUSES[-1])
 
     def _chosen(self, templates: Iterable[str] | None) -> dict[str, FlowTemplate]:
         if templates is None:

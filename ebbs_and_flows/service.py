@@ -309,11 +309,16 @@ class FlowService(BulkService):
         else:
             # By hand: no worker holds it, so that any may take it.
             values |= {"claim": flow.claim + 1, "claimed_by": "", "lease_expires_at": None}
+        if flow.status == FlowStatus.RUNNING:
+            values |= {"cancel_requested": False}
         unchanged = self.repository.flows.filter(pk=flow.pk, status=flow.status, claim=flow.claim)
         if unchanged.update(**values) != 1:
             raise IllegalTransition(
                 f"Flow {flow.pk} has just been changed by somebody else: look at it again."
             )
+        if flow.status == FlowStatus.RUNNING:
+            # It was taken from whoever held it.
+            self.end_attempts(flow, f"interrupted: the flow was made {to_status.value} by hand.")
         self.record(flow, [transition(flow.status, to_status, actor=actor, reason=reason)])
         flow.status = to_status
 

@@ -464,13 +464,7 @@ class StepService:
                 f" It has now lost its worker {flow.interruptions + 1} times, so the flow is not"
                 f" continued by itself: find out what ends the worker, then reschedule it."
             )
-        running = self.repository.attempts.filter(
-            flow_execution=flow.pk, status=TaskStatus.RUNNING
-        )
-        attempts = list(running.values_list("pk", flat=True))
-        self.repository.finish_running_attempts(
-            flow.pk, status=TaskStatus.FAILED, output=output, error_type="TaskInterrupted"
-        )
+        self.end_attempts(flow, output)
         path = [transition(FlowStatus.RUNNING, FlowStatus.FAILED, actor="recovery", reason=output)]
         if to_status is not FlowStatus.FAILED:
             by, why = "", ""
@@ -480,9 +474,19 @@ class StepService:
                 transition(FlowStatus.FAILED, to_status, actor=by or "recovery", reason=why)
             )
         self.record(flow, path)
+        return True
+
+    def end_attempts(self, flow: FlowExecution, output: str) -> None:
+        """Record that the attempts of a flow were interrupted, as nobody holds it any more."""
+        running = self.repository.attempts.filter(
+            flow_execution=flow.pk, status=TaskStatus.RUNNING
+        )
+        attempts = list(running.values_list("pk", flat=True))
+        self.repository.finish_running_attempts(
+            flow.pk, status=TaskStatus.FAILED, output=output, error_type="TaskInterrupted"
+        )
         for attempt in attempts:
             announce_task(self.repository.using, attempt)
-        return True
 
     def recover_expired(self, limit: int = 100) -> int:
         """Take back flows whose lease has expired; return how many."""

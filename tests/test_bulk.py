@@ -99,3 +99,12 @@ def test_the_number_of_statements_does_not_grow_with_the_flows(
         assert len(runner.cancel_flow_executions(pks)) == number
     # Eight messages; SQLite takes some 140 transitions in one statement.
     assert len(captured) <= 40
+
+
+def test_entries_of_any_number_and_size_are_stored(runner: FlowRunner) -> None:
+    # Twenty million bytes: MariaDB takes sixteen in one statement.
+    big = {f"part_{number}": "x" * 1_000_000 for number in range(20)}
+    many = {f"entry_{number}": number for number in range(1200)}
+    flow, other = runner.schedule_flows("t", [big, many])
+    assert dict(flow.execution_context) == big
+    assert dict(other.execution_context) == many

@@ -88,6 +88,15 @@ def test_times_without_zones_are_an_error(settings: Any) -> None:
     assert "ebbs_and_flows.E002" in {message.id for message in run_checks()}
 
 
+def test_a_database_without_autocommit_is_an_error(database: dict[str, Any]) -> None:
+    kept = database["AUTOCOMMIT"]
+    database["AUTOCOMMIT"] = False
+    try:
+        assert "ebbs_and_flows.E005" in {message.id for message in run_checks()}
+    finally:
+        database["AUTOCOMMIT"] = kept
+
+
 SOUND = {"orm": FLOWS, "timeout": 60, "retry": 120}
 
 

@@ -234,6 +234,21 @@ def test_a_flow_with_an_attempt_by_hand_is_claimed(runner: FlowRunner) -> None:
     assert [attempt.attempt for attempt in attempts] == [1, 2]
 
 
+@pytest.mark.parametrize("status", [FlowStatus.RUNNING, FlowStatus.FAILED, FlowStatus.SUCCEEDED])
+def test_i3_a_status_that_is_changed_by_hand_ends_the_attempt_of_whoever_held_the_flow(
+    runner: FlowRunner, status: FlowStatus
+) -> None:
+    template = runner.register_flow_template(FlowTemplate("held", tasks=[first]))
+    flow = runner.schedule_flow("held")
+    assert runner.service.claim_flow(flow, template, "a worker") is not None
+    runner.cancel_flow_execution(flow)
+    changed = runner.service.update_flow_status(flow, status, actor="ada")
+    assert (changed.status, changed.cancel_requested) == (status, False)
+    (attempt,) = runner.service.get_flow_task_execution_history(flow)
+    assert (attempt.status, attempt.error_type) == (TaskStatus.FAILED, "TaskInterrupted")
+    assert attempt.finished_at is not None
+
+
 def test_i5_a_flow_whose_last_commit_was_refused_is_returned_as_failed(
     runner: FlowRunner,
 ) -> None:

@@ -8,12 +8,14 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
+from django import forms
 from django.core.checks import run_checks
 from django.utils import timezone
 from django_q.models import OrmQ
 
 from ebbs_and_flows import FlowStatus, flow_runner
 from ebbs_and_flows.engines import get_engine
+from ebbs_and_flows.engines.django_q import fire_recurring
 from ebbs_and_flows.flows import FlowTemplate, task
 from ebbs_and_flows.management.foreground import Choice, run_due
 from ebbs_and_flows.management.stopping import StopRequest
@@ -100,6 +102,36 @@ def test_a_recurring_flow_is_scheduled_by_the_pacemakers_and_once(engine: Any) -
         engine.fire_recurring()
         assert engine._due["nightly"] > timezone.now()
     assert FlowExecution.objects.get().key == f"nightly {intended:%Y-%m-%dT%H:%MZ}"
+
+
+@pytest.mark.parametrize("engine", [FOREGROUND, DJANGO_TASKS], indirect=True)
+@pytest.mark.django_db
+@pytest.mark.usefixtures("nightly")
+def test_a_recurring_flow_that_cannot_be_scheduled_holds_up_no_other(
+    engine: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    class NeedsRegion(forms.Form):
+        region = forms.CharField()
+
+    report = FlowTemplate(
+        "a-report", tasks=[task(lambda context: context)], parameters=NeedsRegion
+    )
+    flow_runner.register_flow_template(report)
+    try:
+        flow_runner.schedule_recurring("a-report", "0 6 * * *")
+        flow_runner.sync_recurring()
+        past = timezone.now() - timedelta(minutes=5)
+        engine._due = {"a-report": past, "nightly": past}
+        engine.fire_recurring()
+        assert FlowExecution.objects.get().template_name == "nightly"
+        assert min(engine._due.values()) > timezone.now()
+        assert "The recurring flow 'a-report' could not be scheduled" in caplog.text
+        # Nor does its message come again and again.
+        caplog.clear()
+        fire_recurring("a-report", intended_at=past.isoformat())
+        assert "could not be scheduled" in caplog.text
+    finally:
+        flow_runner._templates.pop("a-report")
 
 
 @pytest.mark.usefixtures("engine", "db")

@@ -257,5 +257,6 @@ def test_bad_declarations_are_refused(runner: FlowRunner) -> None:
         runner.schedule_recurring("t", "0 7 * * *")
     with pytest.raises(InvalidArgument, match="priority"):
         runner.schedule_recurring("t", "0 7 * * *", recurring_name="u", priority=1000)
-    with pytest.raises(InvalidFlowTemplate, match="1 to 80"):
-        runner.schedule_recurring("t", "0 7 * * *", recurring_name="u" * 81)
+    for name in ("u" * 81, "", " u", "u\n", "u\tv"):
+        with pytest.raises(InvalidFlowTemplate, match="1 to 80 printable"):
+            runner.schedule_recurring("t", "0 7 * * *", recurring_name=name)

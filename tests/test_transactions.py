@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 from django.db import IntegrityError, OperationalError, transaction
 from django.utils import timezone
 
-from ebbs_and_flows import ExecutionContext, FlowRunner, FlowStatus, FlowTemplate, Retry, task
+from ebbs_and_flows import (
+    ExecutionContext,
+    FlowRunner,
+    FlowStatus,
+    FlowTemplate,
+    OuterTransaction,
+    Retry,
+    task,
+)
 from ebbs_and_flows.models import FlowExecution, TaskExecution
 from ebbs_and_flows.status import TaskStatus
 
@@ -132,7 +141,8 @@ def rows_in_a_block() -> Iterator[int]:
 
 
 def stop_in_the_middle(context: ExecutionContext) -> ExecutionContext:
-    for row in rows_in_a_block():
+    rows = rows_in_a_block()
+    for row in rows:
         raise ValueError(f"row {row} is bad")
     return context
 
@@ -171,6 +181,75 @@ def test_what_a_task_leaves_open_is_undone_and_the_task_has_failed(
     assert attempts() == [("first", 1, "FAILED", "TransactionLeftOpen")]
     assert "left a transaction open on the database" in TaskExecution.objects.get().output
     assert ran == ["first"]
+
+
+@pytest.mark.parametrize("way", ["run_next", "run_flow", "run_flow_execution"])
+def test_nothing_is_run_where_nothing_would_be_committed(runner: FlowRunner, way: str) -> None:
+    runner.register_flow_template(FlowTemplate("order", tasks=[task(lambda context: context)]))
+    flow = runner.schedule_flow("order")
+    connection.set_autocommit(False)
+    try:
+        with pytest.raises(OuterTransaction, match="while autocommit is off on the database"):
+            getattr(runner, way)(*([flow] if way == "run_flow_execution" else []))
+    finally:
+        connection.set_autocommit(True)
+    flow.refresh_from_db()
+    assert (flow.status, flow.claim) == (FlowStatus.SCHEDULED, 0)
+
+
+# Others are in the way
+
+
+@contextmanager
+def in_the_way(statement: str, times: int) -> Iterator[list[str]]:
+    """Have the database refuse a statement some times for another transaction's sake."""
+    refused: list[str] = []
+
+    def refuse(execute: Any, sql: str, parameters: Any, many: bool, context: Any) -> Any:
+        if sql.lstrip().startswith(statement) and len(refused) < times:
+            refused.append(sql)
+            raise OperationalError("database is locked")
+        return execute(sql, parameters, many, context)
+
+    with connection.execute_wrapper(refuse):
+        yield refused
+
+
+def test_a_claim_waits_for_whoever_is_in_its_way(runner: FlowRunner) -> None:
+    runner.register_flow_template(FlowTemplate("order", tasks=[task(lambda context: context)]))
+    runner.schedule_flow("order")
+    claim = "WITH seen" if connection.vendor == "postgresql" else "BEGIN"
+    with in_the_way(claim, 3) as refused:
+        flow = runner.run_next()
+    assert len(refused) == 3
+    assert flow is not None
+    assert flow.status == FlowStatus.SUCCEEDED
+
+
+def test_a_worker_that_is_to_stop_does_not_wait_for_them(runner: FlowRunner) -> None:
+    runner.register_flow_template(FlowTemplate("order", tasks=[task(lambda context: context)]))
+    runner.schedule_flow("order")
+    claim = "WITH seen" if connection.vendor == "postgresql" else "BEGIN"
+    with in_the_way(claim, 3) as refused, pytest.raises(OperationalError):
+        runner.run_next(stop=lambda: True)
+    assert len(refused) == 1
+
+
+@pytest.mark.parametrize("change", ["reschedule", "cancel"])
+def test_a_change_of_many_that_is_made_again_is_made_to_all(
+    runner: FlowRunner, change: str
+) -> None:
+    def fail(context: ExecutionContext) -> ExecutionContext:
+        raise ValueError("no")
+
+    runner.register_flow_template(FlowTemplate("order", tasks=[task(fail)]))
+    flows = runner.schedule_flows("order", [None] * 3)
+    while runner.run_next():
+        pass
+    with in_the_way("SELECT", 1) as refused:
+        done = getattr(runner, f"{change}_flow_executions")(flow.pk for flow in flows)
+    assert refused
+    assert done == [flow.pk for flow in flows]
 
 
 # A connection that is lost

@@ -24,7 +24,7 @@ from ..conf import get_settings
 from ..exceptions import ImproperSetting
 from ..recurrence import Recurrence
 from . import QueueSchedule
-from .slices import run_slice
+from .slices import fire, run_slice
 
 if not apps.is_installed("django_q"):
     raise ImproperSetting(
@@ -228,9 +228,7 @@ def _check_time_zone(queue: Mapping[str, Any]) -> Iterator[CheckMessage]:
 
 def fire_recurring(name: str, *, intended_at: str, declared: str = "") -> None:
     """Schedule what is due; what a recurring flow's message calls."""
-    from ..runner import flow_runner
-
-    flow_runner.fire_recurring(name, datetime.fromisoformat(intended_at))
+    fire(name, datetime.fromisoformat(intended_at))
 
 
 def run_due_flows() -> None:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
+from datetime import datetime
+
+from django.db import InterfaceError, OperationalError
 
 from ..conf import get_settings
+
+logger = logging.getLogger("ebbs_and_flows")
 
 
 def run_slice(is_stopping: Callable[[], bool], hand_on: Callable[[], object]) -> None:
@@ -25,3 +31,19 @@ def run_slice(is_stopping: Callable[[], bool], hand_on: Callable[[], object]) ->
             return
     if flow_runner.has_work():
         hand_on()
+
+
+def fire(name: str, intended_at: datetime) -> None:
+    """Schedule what a recurring flow's due time asks for.
+
+    What keeps it from being scheduled, its template's parameters say, is logged, and would be the
+    same at once; only a database that is away is raised.
+    """
+    from ..runner import flow_runner
+
+    try:
+        flow_runner.fire_recurring(name, intended_at)
+    except (OperationalError, InterfaceError):
+        raise
+    except Exception:
+        logger.exception("The recurring flow %r could not be scheduled for %s.", name, intended_at)

@@ -8,6 +8,7 @@ from datetime import datetime
 from .. import clock
 from ..recurrence import Recurrence
 from . import QueueSchedule
+from .slices import fire
 
 
 class Timetable:
@@ -30,12 +31,10 @@ class Timetable:
 
     def fire_recurring(self) -> None:
         """Schedule what is due; its key makes that one flow, however many pacemakers do so."""
-        from ..runner import flow_runner
-
         now = clock.now()
         for name, moment in self._due.items():
             if moment <= now:
-                flow_runner.fire_recurring(name, moment)
+                fire(name, moment)
                 self._due[name] = self._recurrences[name].next_after(now)
 
     def schedules(self) -> dict[str, QueueSchedule]:

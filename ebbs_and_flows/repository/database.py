@@ -230,6 +230,13 @@ class Database:
 
     def check_no_outer_transaction(self) -> None:
         """Raise `OuterTransaction` where a step, or what its task writes, would not be durable."""
+        own = self.connection
+        if not own.in_atomic_block and not own.get_autocommit():
+            raise OuterTransaction(
+                f"A flow cannot be run while autocommit is off on the database {own.alias!r}, as"
+                f" nothing would be committed: turn it on, with set_autocommit(True) or"
+                f" 'AUTOCOMMIT': True."
+            )
         for connection in connections.all(initialized_only=True):
             if connection.in_atomic_block:
                 with self.step(connection.alias):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import timedelta
 from typing import Any
@@ -37,6 +37,9 @@ _FENCE = (
 # look up all that is or was RUNNING instead of the one row.
 _FENCE_IN_ONE = _FENCE.replace("status = 'RUNNING'", "(status = 'RUNNING') IS TRUE")
 
+
+# The values of one statement, in characters at most, but one value in any case.
+_MOST_AT_ONCE = 2 * 1024 * 1024
 
 EntryRow = tuple[int, int | None, str, str]
 """An entry's flow, the attempt that wrote it (None at scheduling), its name and stored text."""
@@ -318,10 +321,27 @@ def read_entries(cursor: Any, flow_id: int) -> dict[str, str]:
     return dict(cursor.fetchall())
 
 
+def _batches(rows: Sequence[EntryRow]) -> Iterator[list[EntryRow]]:
+    """Yield the rows in batches that one statement can take.
+
+    MariaDB refuses more than `max_allowed_packet`, 16 MiB by default.
+    """
+    batch: list[EntryRow] = []
+    size = 0
+    for row in rows:
+        length = len(row[3])
+        if batch and (len(batch) == BATCH or size + length > _MOST_AT_ONCE):
+            yield batch
+            batch, size = [], 0
+        batch.append(row)
+        size += length
+    if batch:
+        yield batch
+
+
 def insert_entries(cursor: Any, rows: Sequence[EntryRow]) -> None:
     """Store new entries of flows."""
-    for start in range(0, len(rows), BATCH):
-        batch = rows[start : start + BATCH]
+    for batch in _batches(rows):
         slots = ", ".join(["(%s, %s, %s, %s)"] * len(batch))
         cursor.execute(
             f"INSERT INTO {ENTRY} (flow_execution_id, task_execution_id, name, value)"
