@@ -98,11 +98,15 @@ class StepService:
         due = self.repository.look(statuses, names)
         if not due.ready or (due.comes_first and not at_once):
             return None, due
+        unlimited = {name: tasks for name, tasks in names.items() if name not in limits}
+        if self.repository.best_template(statuses, names) in unlimited:
+            # No limit has to be looked after: that takes longer than the claim.
+            run = self.repository.claim_due(statuses, unlimited, worker, self._lease)
+            if run is not None:
+                return self._announced(run), due
 
         def take(free: set[str]) -> ClaimedRun | None:
-            open_names = {
-                name: tasks for name, tasks in names.items() if name in free or name not in limits
-            }
+            open_names = {**unlimited, **{name: names[name] for name in free}}
             return self.repository.claim_due(statuses, open_names, worker, self._lease)
 
         return self._claim(limits, take), due

@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 from django.db import connections
 from django.test import override_settings
+from django.test.utils import CaptureQueriesContext
 
 from ebbs_and_flows import ExecutionContext, FlowRunner, FlowStatus, FlowTemplate, task
 from ebbs_and_flows.models import FlowExecution, FlowTemplateState
+
+from .databases import connection
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -113,6 +116,32 @@ def test_a_full_template_leaves_the_others_their_turn(runner: FlowRunner) -> Non
     runner.run_next()
     runner.run_next()
     assert ran == ["outer", "free", "free", "outer", "inner", "inner"]
+
+
+def test_limited_unlimited_and_paused_templates_share_one_order(runner: FlowRunner) -> None:
+    for name, options in {"free": {}, "one": {"max_running": 1}, "paused": {}, "two": {}}.items():
+        register(runner, name, lambda context: context, **options)
+    runner.pause_flow_template("paused")
+    planned = [("paused", 9), ("one", 8), ("free", 7), ("one", 6), ("two", 5), ("one", 5)]
+    for name, priority in reversed(planned):
+        runner.schedule_flow(name, priority=priority)
+    ran = [(flow.template_name, flow.priority) for flow in iter(runner.run_next, None)]
+    # Of two that are alike the earlier one; here it was scheduled the other way round.
+    assert ran == [("one", 8), ("free", 7), ("one", 6), ("one", 5), ("two", 5)]
+
+
+def test_a_limited_template_does_not_cost_the_flows_of_others(runner: FlowRunner) -> None:
+    def claims(*, limit: int | None) -> int:
+        one = FlowRunner()
+        register(one, "free", lambda context: context)
+        register(one, "limited", lambda context: context, max_running=limit)
+        one.schedule_flow("free")
+        with CaptureQueriesContext(connection) as captured:
+            assert one.run_next() is not None
+        return len(captured)
+
+    # To see what is due, and whose turn it is.
+    assert claims(limit=1) - claims(limit=None) == (2 if connection.vendor == "postgresql" else 1)
 
 
 def test_a_lost_worker_gives_its_place_back(runner: FlowRunner) -> None:

@@ -119,6 +119,23 @@ class ClaimRepository(StepRepository):
             next_in=min((float(item) for item in found[3:] if item is not None), default=None),
         )
 
+    def best_template(
+        self, statuses: Sequence[FlowStatus], template_names: Iterable[str]
+    ) -> str | None:
+        """Return the template of the best ready flow, of those that are not paused."""
+        names = sorted(template_names)
+        found: list[Any] = []
+        for start in range(0, len(names), BATCH):
+            best, parameters = self._best(statuses, names[start : start + BATCH], 1)
+            sql = (
+                f"SELECT f.ready_rank, f.run_at, f.id, f.template_name FROM {FLOW} f"
+                f" JOIN ({best}) AS b ON b.id = f.id WHERE NOT EXISTS (SELECT 1 FROM {STATE} s"
+                f" WHERE s.template_name = f.template_name AND s.paused_at IS NOT NULL)"
+                f" ORDER BY f.ready_rank, f.run_at, f.id LIMIT 1"
+            )
+            found += execute_prepared(self.connection, sql, parameters).rows
+        return min(found)[3] if found else None
+
     @staticmethod
     def _to_keep(connection: Any) -> tuple[str, str, list[Any]]:
         """Return the SQL, and its parameters, of a flow to be ranked and of one that is lost."""
