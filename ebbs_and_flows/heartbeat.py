@@ -95,12 +95,12 @@ class Heartbeat:
         """Renew the run's lease within the block, three times a lease."""
         lease = timedelta(seconds=get_settings().LEASE_SECONDS)
         watched = WatchedRun(repository, run, lease)
-        self._runs[watched] = None
-        if not self._is_beating:
-            self._start()
-        if watched.next_beat < self._wakes_at:
-            self.wake()
         try:
+            self._runs[watched] = None
+            if not self._is_beating:
+                self._start()
+            if watched.next_beat < self._wakes_at:
+                self.wake()
             yield watched
         finally:
             self._runs.pop(watched, None)
@@ -134,7 +134,6 @@ class Heartbeat:
 
     @staticmethod
     def _beat_one(watched: WatchedRun) -> None:
-        connection = connections[watched.repository.using]
         try:
             watched.beat()
         except Exception:
@@ -149,7 +148,9 @@ class Heartbeat:
                 },
             )
         finally:
-            connection.close()
+            # The thread's own, and rarely needed.
+            with suppress(Exception):
+                connections.close_all()
 
 
 heartbeat = Heartbeat()

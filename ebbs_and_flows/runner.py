@@ -427,7 +427,10 @@ class FlowRunner:
         at_once = False
         for pause in _CLAIM_PAUSES:
             claim = partial(self.service.look_and_claim, chosen.values(), worker_name(), wanted)
-            run, due = self._past_others(partial(claim, at_once=at_once), stop)
+            found = self._past_others(partial(claim, at_once=at_once), stop)
+            if found is None:
+                return None
+            run, due = found
             if run is not None:
                 self._run(run, Worker(self.service, stop=stop, on_task=on_task))
                 return run.ended or self.service.get_flow_execution(run.flow)
@@ -444,10 +447,11 @@ class FlowRunner:
             time.sleep(pause)
         return None
 
-    def _past_others(self, action: Callable[[], T], stop: Callable[[], bool] | None) -> T:
+    def _past_others(self, action: Callable[[], T], stop: Callable[[], bool] | None) -> T | None:
         """Do what another transaction may be in the way of, again and again for a lease.
 
-        On SQLite that is the whole of an `atomic` task, during which nobody else can write.
+        On SQLite that is a whole `atomic` task, during which nobody else can write. Returns None
+        when something was in the way and `stop()` is true.
         """
         until = time.monotonic() + get_settings().LEASE_SECONDS
         while True:
@@ -458,9 +462,10 @@ class FlowRunner:
                     not is_contention(error)
                     or self.service.repository.connection.in_atomic_block
                     or time.monotonic() >= until
-                    or (stop is not None and stop())
                 ):
                     raise
+            if stop is not None and stop():
+                return None
             time.sleep(_CLAIM_PAUSES[-1])
 
     def _chosen(self, templates: Iterable[str] | None) -> dict[str, FlowTemplate]:

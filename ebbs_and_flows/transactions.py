@@ -8,6 +8,8 @@ from typing import Any
 
 from django.db import Error, connections
 
+_ENDED = "(none: this block was ended with the task that had begun it)"
+
 State = dict[str, tuple[int, bool]]
 """By database, how many blocks of `atomic()` are open, and whether each statement commits."""
 
@@ -25,20 +27,43 @@ def end_left_open(before: State, error: BaseException | None = None) -> str | No
     """Undo what was begun since and not ended; return the database's alias, None if all is well.
 
     With the `error` that a task raised: a generator that was left in the middle of its block is
-    kept alive by the traceback, and ends its block when it is let go.
+    kept alive by a traceback, and ends its block when it is let go.
     """
     if error is not None and _left_open(before):
-        traceback.clear_frames(error.__traceback__)
+        _let_go(error)
     left = _left_open(before)
     for connection in left:
-        depth, _ = _wanted(before, connection)
-        while len(connection.atomic_blocks) > depth:
-            with suppress(Error):
-                connection.atomic_blocks[-1].__exit__(Error, Error(), None)
-        if not connection.in_atomic_block:
-            # It is opened anew as the settings say.
-            connection.close()
+        with suppress(Error):
+            _undo(connection, *_wanted(before, connection))
     return left[0].alias if left else None
+
+
+def _let_go(error: BaseException) -> None:
+    """Clear the frames of an error, and of those that it came of."""
+    errors, seen = [error], set()
+    while errors:
+        found = errors.pop()
+        if id(found) in seen:
+            continue
+        seen.add(id(found))
+        traceback.clear_frames(found.__traceback__)
+        errors += [cause for cause in (found.__cause__, found.__context__) if cause is not None]
+        if isinstance(found, BaseExceptionGroup):
+            errors += found.exceptions
+
+
+def _undo(connection: Any, depth: int, autocommit: bool) -> None:
+    while len(connection.atomic_blocks) > depth:
+        block = connection.atomic_blocks[-1]
+        try:
+            block.__exit__(Error, Error(), None)
+        finally:
+            # Whoever still holds it, and ends it later, would end another one's block.
+            block.using = _ENDED
+    if not connection.in_atomic_block:
+        connection.rollback()
+        connection.set_autocommit(autocommit)
+        connection.close()
 
 
 def _left_open(before: State) -> list[Any]:

@@ -9,8 +9,8 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -25,7 +25,6 @@ from .exceptions import (
     DeadlineExceeded,
     FailFlow,
     InvalidTaskResult,
-    OuterTransaction,
     RetryLater,
     TaskTimeout,
     TransactionLeftOpen,
@@ -128,11 +127,14 @@ class Worker:
         left: float | None = None
         if run.flow.deadline_at is not None:
             left = self._patiently(run, lambda: self._time_left(run))
+        log = ""
         try:
             if task.atomic:
                 goes_on = self._run_atomic(run, task, attempt, left, next_task)
             else:
-                outcome = self._call(task, run, attempt, left)
+                with self._kept_usable():
+                    outcome = self._call(task, run, attempt, left)
+                log = outcome.log
                 # Asked once: the same answer for each try to store it.
                 hand_back = self._stop()
                 goes_on = self._persist(
@@ -145,7 +147,7 @@ class Worker:
                 # The database stayed away for a whole lease: the flow is recovered.
                 raise
             # What was written is refused.
-            return self._fail(run, task, _BodyFailed(error), span)
+            return self._fail(run, task, _BodyFailed(error, log), span)
         self._on_task(run, name, TaskStatus.SUCCEEDED)
         return goes_on
 
@@ -162,13 +164,18 @@ class Worker:
         Whatever is raised, by the body, by the commit or by a hook of the task's own after it, is
         a `_BodyFailed`; and the run is where it was, for what was not committed has not been.
         """
-        before, raw = replace(run), None
+        before, log = replace(run), ""
+        with ExitStack() as begun:
+            # Nothing is done yet, so that a writer in the way costs the task nothing.
+            self._patiently(run, lambda: begun.enter_context(self._repository.step()))
+            step = begun.pop_all()
+        raw = self._repository.connection.connection
         try:
-            with self._repository.step():
-                raw = self._repository.connection.connection
+            with step:
                 outcome = self._call(task, run, attempt, left)
+                log = outcome.log
                 return self._succeed(run, outcome, next_task, hand_back=self._stop())
-        except (KeyboardInterrupt, GeneratorExit, ClaimLost, OuterTransaction):
+        except (KeyboardInterrupt, GeneratorExit, ClaimLost):
             run.go_back_to(before)
             raise
         except _BodyFailed as failed:
@@ -176,7 +183,7 @@ class Worker:
             raise
         except BaseException as error:
             run.go_back_to(before)
-            at_commit = _BodyFailed(error, at_commit=True)
+            at_commit = _BodyFailed(error, log, at_commit=True)
             at_commit.was_undone = self._was_undone(error, raw)
             raise at_commit from error
 
@@ -186,6 +193,32 @@ class Worker:
             return False
         # Django has opened another connection, or none, where this one was lost.
         return is_contention(error) or self._repository.connection.connection is not raw
+
+    @contextmanager
+    def _kept_usable(self) -> Iterator[None]:
+        """In a test's transaction, undo what a query of the body's has broken.
+
+        So that its failure can be stored, as it can where there is no transaction around it.
+        """
+        connection = self._repository.connection
+        if not connection.in_atomic_block:
+            yield
+            return
+        savepoint = connection.savepoint()
+        try:
+            yield
+        except BaseException:
+            try:
+                if connection.needs_rollback:
+                    raise DatabaseError
+                connection.savepoint_commit(savepoint)
+            except DatabaseError:
+                connection.needs_rollback = False
+                with suppress(DatabaseError):
+                    connection.savepoint_rollback(savepoint)
+            raise
+        if not connection.needs_rollback:
+            connection.savepoint_commit(savepoint)
 
     def _succeed(
         self, run: ClaimedRun, outcome: _Outcome, next_task: str | None, *, hand_back: bool
@@ -292,23 +325,23 @@ class Worker:
         self, run: ClaimedRun, task: Task, failed: _BodyFailed, span: telemetry.Attempt
     ) -> bool:
         """Store that the attempt failed; return whether the flow goes on here after all."""
-        error, name = failed.error, run.task_name
+        error, name, before = failed.error, run.task_name, replace(run)
         self._repository.drop_broken_connections()
         again = _Again.of(run, task, failed)
-        later: float | None = None
+        after = again.after
+        if after is not None and run.flow.deadline_at is not None:
+            left = self._patiently(run, lambda: self._time_left(run))
+            after = None if left is not None and left <= after else after
+        later = after if isinstance(error, RetryLater) else None
+        output = describe(error, get_settings().MAX_OUTPUT_BYTES, message_only=later is not None)
 
         def write() -> bool:
-            nonlocal later
+            # What was asked, and is not committed, is forgotten.
+            run.go_back_to(before)
             with self._repository.step():
-                after, left = again.after, self._time_left(run)
-                if after is not None and left is not None and left <= after:
-                    after = None
-                later = after if isinstance(error, RetryLater) else None
                 return self._service.fail_step(
                     run,
-                    describe(
-                        error, get_settings().MAX_OUTPUT_BYTES, message_only=later is not None
-                    ),
+                    output,
                     error_name(error),
                     retry_after=after,
                     forgive=again.forgive,
@@ -318,10 +351,13 @@ class Worker:
                     error=error,
                 )
 
+        def ask() -> bool | None:
+            run.go_back_to(before)
+            return self._service.settle(run)
+
         extra = {"flow": run.flow.pk, "template": run.flow.template_name, "task": name}
-        attempt = run.task_execution_id
-        goes_on = self._persist(run, write)
-        if failed.at_commit and self._has_succeeded(attempt):
+        goes_on = self._patiently(run, write, ask)
+        if failed.at_commit and self._has_succeeded(before.task_execution_id):
             logger.warning(
                 "Task %s of flow %s has succeeded; what came after its commit has not: %s",
                 name,

@@ -134,6 +134,38 @@ def test_a_recurring_flow_that_cannot_be_scheduled_holds_up_no_other(
         flow_runner._templates.pop("a-report")
 
 
+@pytest.mark.parametrize("engine", [FOREGROUND, DJANGO_TASKS], indirect=True)
+@pytest.mark.django_db
+@pytest.mark.usefixtures("nightly")
+def test_a_recurring_flow_whose_form_asks_what_is_away_is_tried_for_an_hour(
+    engine: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    class AsksTheBank(forms.Form):
+        def clean(self) -> dict[str, Any]:
+            raise ConnectionError("the bank is away")
+
+    report = FlowTemplate(
+        "a-report", tasks=[task(lambda context: context)], parameters=AsksTheBank
+    )
+    flow_runner.register_flow_template(report)
+    try:
+        flow_runner.schedule_recurring("a-report", "0 6 * * *")
+        flow_runner.sync_recurring()
+        now = timezone.now()
+        engine._due = {"a-report": now - timedelta(minutes=50), "nightly": now}
+        for _ in range(2):
+            with pytest.raises(ConnectionError, match="the bank is away"):
+                engine.fire_recurring()
+        assert FlowExecution.objects.get().template_name == "nightly"
+        assert engine._due["a-report"] < now
+        engine._due["a-report"] = now - timedelta(minutes=70)
+        engine.fire_recurring()
+        assert engine._due["a-report"] > now
+        assert "could not be scheduled" in caplog.text
+    finally:
+        flow_runner._templates.pop("a-report")
+
+
 @pytest.mark.usefixtures("engine", "db")
 def test_there_is_no_queue_to_be_warned_of(settings: Any) -> None:
     settings.Q_CLUSTER = {"orm": "default", "sync": True}

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 from django.db import IntegrityError, OperationalError, transaction
+from django.test import TestCase
 from django.utils import timezone
+from django.utils.connection import ConnectionDoesNotExist
 
 from ebbs_and_flows import (
     ExecutionContext,
@@ -20,7 +24,7 @@ from ebbs_and_flows import (
     Retry,
     task,
 )
-from ebbs_and_flows.models import FlowExecution, TaskExecution
+from ebbs_and_flows.models import FlowExecution, TaskExecution, WorkerProcess
 from ebbs_and_flows.status import TaskStatus
 
 from .databases import connection
@@ -197,6 +201,93 @@ def test_nothing_is_run_where_nothing_would_be_committed(runner: FlowRunner, way
     assert (flow.status, flow.claim) == (FlowStatus.SCHEDULED, 0)
 
 
+def test_a_block_that_ended_with_its_task_ends_no_other_one(runner: FlowRunner) -> None:
+    held: list[Any] = []
+
+    def hold_a_block(context: ExecutionContext) -> ExecutionContext:
+        held.append(rows_in_a_block())
+        next(held[0])
+        return context
+
+    def write(context: ExecutionContext) -> ExecutionContext:
+        FlowExecution.objects.update(priority=7)
+        with pytest.raises(ConnectionDoesNotExist, match="was ended with the task"):
+            held[0].close()
+        return context
+
+    for name, body in {"holds": hold_a_block, "writes": write}.items():
+        runner.register_flow_template(
+            FlowTemplate(name, tasks=[task(name=name, atomic=name == "writes")(body)])
+        )
+        runner.schedule_flow(name)
+    statuses = [flow.status for flow in iter(runner.run_next, None)]
+    assert statuses == [FlowStatus.FAILED, FlowStatus.SUCCEEDED]
+    assert set(FlowExecution.objects.values_list("priority", flat=True)) == {7}
+
+
+def stop_in_a_helper(context: ExecutionContext) -> ExecutionContext:
+    try:
+        stop_in_the_middle(context)
+    except ValueError as error:
+        raise RuntimeError("the helper failed") from error
+    return context
+
+
+def take_too_long(context: ExecutionContext) -> ExecutionContext:
+    rows = rows_in_a_block()
+    for _ in rows:
+        time.sleep(30)
+    return context
+
+
+@pytest.mark.parametrize(
+    ("body", "options", "error"),
+    [
+        (stop_in_a_helper, {}, "RuntimeError"),
+        (take_too_long, {"timeout": 0.2}, "TaskTimeout"),
+    ],
+)
+@pytest.mark.parametrize("atomic", [True, False])
+def test_a_block_that_only_an_error_holds_is_ended_with_its_task(
+    runner: FlowRunner,
+    run: Callable[..., FlowExecution],
+    body: Body,
+    options: dict[str, Any],
+    error: str,
+    atomic: bool,
+) -> None:
+    gc.disable()
+    try:
+        flow = run(body, atomic=atomic, **options)
+        assert flow.status == FlowStatus.FAILED
+        assert [attempt[3] for attempt in attempts()] == [error]
+
+        def collect(context: ExecutionContext) -> ExecutionContext:
+            FlowExecution.objects.update(priority=7)
+            # What was kept alive by nothing but itself goes now, in the middle of a transaction.
+            gc.collect()
+            return context
+
+        late = task(name="late", atomic=True)(collect)
+        runner.register_flow_template(FlowTemplate("late", tasks=[late]))
+        runner.schedule_flow("late")
+        assert runner.run_next().status == FlowStatus.SUCCEEDED  # type: ignore[union-attr]
+        assert set(FlowExecution.objects.values_list("priority", flat=True)) == {7}
+    finally:
+        gc.enable()
+
+
+def test_a_commit_that_is_refused_keeps_what_the_task_logged(
+    run: Callable[..., FlowExecution],
+) -> None:
+    def log_and_break(context: ExecutionContext) -> ExecutionContext:
+        context.log.info("seen before the commit")
+        return break_a_reference(context)
+
+    run(log_and_break, atomic=True)
+    assert "seen before the commit" in TaskExecution.objects.get().log
+
+
 # Others are in the way
 
 
@@ -230,9 +321,63 @@ def test_a_worker_that_is_to_stop_does_not_wait_for_them(runner: FlowRunner) -> 
     runner.register_flow_template(FlowTemplate("order", tasks=[task(lambda context: context)]))
     runner.schedule_flow("order")
     claim = "WITH seen" if connection.vendor == "postgresql" else "BEGIN"
-    with in_the_way(claim, 3) as refused, pytest.raises(OperationalError):
-        runner.run_next(stop=lambda: True)
+    with in_the_way(claim, 3) as refused:
+        assert runner.run_next(stop=lambda: True) is None
     assert len(refused) == 1
+
+
+@pytest.mark.skipif(connection.vendor != "sqlite", reason="only SQLite waits for writers to begin")
+def test_an_atomic_task_that_cannot_begin_has_lost_nothing(
+    run: Callable[..., FlowExecution], ran: list[str], settings: Any
+) -> None:
+    begun: list[str] = []
+
+    def refuse(execute: Any, sql: str, parameters: Any, many: bool, context: Any) -> Any:
+        # The first one is the claim's own.
+        if sql.startswith("BEGIN"):
+            begun.append(sql)
+            if 2 <= len(begun) <= 5:
+                raise OperationalError("database is locked")
+        return execute(sql, parameters, many, context)
+
+    with connection.execute_wrapper(refuse):
+        flow = run(lambda context: context, atomic=True)
+    assert flow.status == FlowStatus.SUCCEEDED
+    assert [attempt[1:] for attempt in attempts()] == [(1, "SUCCEEDED", "")] * 2
+    assert ran == ["first", "second"]
+
+
+def test_i2_a_hook_and_a_lost_connection_together_fail_no_task_that_did_not_run(
+    run: Callable[..., FlowExecution], ran: list[str]
+) -> None:
+    commits: list[str] = []
+
+    def hook() -> None:
+        raise ConnectionError("mail")
+
+    def body(context: ExecutionContext) -> ExecutionContext:
+        transaction.on_commit(hook, using=connection.alias)
+        return context
+
+    real = connection.commit
+
+    def commit() -> None:
+        real()
+        commits.append("")
+        if len(commits) == 2:
+            raise OperationalError("the answer was lost")
+
+    connection.commit = commit
+    try:
+        flow = run(body, atomic=True)
+    finally:
+        del connection.commit
+    assert flow.status == FlowStatus.SUCCEEDED
+    assert [attempt[:3] for attempt in attempts()] == [
+        ("first", 1, "SUCCEEDED"),
+        ("second", 1, "SUCCEEDED"),
+    ]
+    assert ran == ["first", "second"]
 
 
 @pytest.mark.parametrize("change", ["reschedule", "cancel"])
@@ -283,3 +428,38 @@ def test_a_connection_that_is_lost_in_an_atomic_task_costs_no_retry(
     assert ended is not None
     assert ended.status == FlowStatus.SUCCEEDED
     assert ran == ["first", "first", "second"]
+
+
+class InATestCase(TestCase):
+    """A project's tests run within a transaction, which a failing task must not break."""
+
+    databases = frozenset({connection.alias, "default"})
+
+    def fail_by(self, body: Any, **options: Any) -> FlowExecution:
+        runner = FlowRunner()
+        runner.register_flow_template(
+            FlowTemplate("order", tasks=[task(name="first", **options)(body)])
+        )
+        return runner.run_flow_execution(runner.schedule_flow("order"))
+
+    def test_an_integrity_error_is_stored(self) -> None:
+        def twice(context: ExecutionContext) -> ExecutionContext:
+            now = timezone.now()
+            for _ in range(2):
+                WorkerProcess.objects.create(name="w", started_at=now, seen_at=now)
+            return context
+
+        for atomic in (False, True):
+            flow = self.fail_by(twice, atomic=atomic)
+            assert flow.status == FlowStatus.FAILED
+            assert attempts()[-1][3] == "django.db.utils.IntegrityError"
+
+    def test_a_bad_statement_is_stored(self) -> None:
+        def ask(context: ExecutionContext) -> ExecutionContext:
+            with connection.cursor() as cursor:
+                cursor.execute("SELECT no_such_column")
+            return context
+
+        for atomic in (False, True):
+            assert self.fail_by(ask, atomic=atomic).status == FlowStatus.FAILED
+            assert "no_such_column" in TaskExecution.objects.latest("pk").output

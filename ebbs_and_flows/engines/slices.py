@@ -5,11 +5,16 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from django.db import InterfaceError, OperationalError
 
+from .. import clock
 from ..conf import get_settings
+from ..exceptions import EbbsAndFlowsError
+
+FIRED_FOR = timedelta(hours=1)
+"""How long it is tried to schedule a recurring flow that raises."""
 
 logger = logging.getLogger("ebbs_and_flows")
 
@@ -36,14 +41,17 @@ def run_slice(is_stopping: Callable[[], bool], hand_on: Callable[[], object]) ->
 def fire(name: str, intended_at: datetime) -> None:
     """Schedule what a recurring flow's due time asks for.
 
-    What keeps it from being scheduled, its template's parameters say, is logged, and would be the
-    same at once; only a database that is away is raised.
+    An error of this app, such as that its template's parameters refuse its context, would be the
+    same each time: it is logged. Any other is raised, for the queue to try again; but when it
+    is not the database's, for no longer than `FIRED_FOR`.
     """
     from ..runner import flow_runner
 
     try:
         flow_runner.fire_recurring(name, intended_at)
-    except (OperationalError, InterfaceError):
-        raise
-    except Exception:
+    except Exception as error:
+        is_late = clock.now() - intended_at > FIRED_FOR
+        may_pass = isinstance(error, (OperationalError, InterfaceError)) or not is_late
+        if may_pass and not isinstance(error, EbbsAndFlowsError):
+            raise
         logger.exception("The recurring flow %r could not be scheduled for %s.", name, intended_at)

@@ -32,10 +32,18 @@ class Timetable:
     def fire_recurring(self) -> None:
         """Schedule what is due; its key makes that one flow, however many pacemakers do so."""
         now = clock.now()
+        errors: list[Exception] = []
         for name, moment in self._due.items():
             if moment <= now:
-                fire(name, moment)
-                self._due[name] = self._recurrences[name].next_after(now)
+                try:
+                    fire(name, moment)
+                except Exception as error:  # noqa: BLE001 - one does not hold up the others
+                    errors.append(error)
+                else:
+                    self._due[name] = self._recurrences[name].next_after(now)
+        if errors:
+            # It is tried again at the next beat.
+            raise errors[0]
 
     def schedules(self) -> dict[str, QueueSchedule]:
         """Return none: the queue has no schedules."""

@@ -257,7 +257,12 @@ class Database:
     def drop_broken_connections() -> None:
         """Close those that failed before, tasks' own too, so that the next query opens another."""
         for connection in connections.all(initialized_only=True):
-            if connection.connection is not None and connection.errors_occurred:
+            if (
+                connection.connection is not None
+                and connection.errors_occurred
+                # It would be closed in any case, as its statements do not commit.
+                and not connection.in_atomic_block
+            ):
                 connection.close_if_unusable_or_obsolete()
 
 
