@@ -336,8 +336,6 @@ class Worker:
         output = describe(error, get_settings().MAX_OUTPUT_BYTES, message_only=later is not None)
 
         def write() -> bool:
-            # What was asked, and is not committed, is forgotten.
-            run.go_back_to(before)
             with self._repository.step():
                 return self._service.fail_step(
                     run,
@@ -352,6 +350,7 @@ class Worker:
                 )
 
         def ask() -> bool | None:
+            # What a write had settled, whose commit is in doubt, is forgotten.
             run.go_back_to(before)
             return self._service.settle(run)
 
