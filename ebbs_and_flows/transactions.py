@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import traceback
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
-from django.db import Error, connections
+from django.db import DatabaseError, Error, connections
 
 _ENDED = "(none: this block was ended with the task that had begun it)"
 
@@ -77,3 +78,29 @@ def _left_open(before: State) -> list[Any]:
 
 def _wanted(before: State, connection: Any) -> tuple[int, bool]:
     return before.get(connection.alias, (0, connection.settings_dict["AUTOCOMMIT"]))
+
+
+@contextmanager
+def kept_usable(connection: Any) -> Iterator[None]:
+    """In a test's transaction, undo what a query of the body's has broken.
+
+    So that its failure can be stored, as it can where there is no transaction around it.
+    """
+    if not connection.in_atomic_block:
+        yield
+        return
+    savepoint = connection.savepoint()
+    try:
+        yield
+    except BaseException:
+        try:
+            if connection.needs_rollback:
+                raise DatabaseError
+            connection.savepoint_commit(savepoint)
+        except DatabaseError:
+            connection.needs_rollback = False
+            with suppress(DatabaseError):
+                connection.savepoint_rollback(savepoint)
+        raise
+    if not connection.needs_rollback:
+        connection.savepoint_commit(savepoint)

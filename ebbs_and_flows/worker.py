@@ -2,42 +2,34 @@
 
 from __future__ import annotations
 
-import asyncio
-import inspect
 import logging
 import os
 import socket
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from asgiref.sync import async_to_sync
-from django.db import DatabaseError, InterfaceError, OperationalError, connections
+from django.db import DatabaseError, InterfaceError, OperationalError
 
 from . import telemetry
+from .body import AttemptInProgress, BodyFailed, Outcome, drop_connections, run_body
 from .conf import get_settings
-from .context import ExecutionContext
 from .exceptions import (
     ClaimLost,
     DeadlineExceeded,
     FailFlow,
-    InvalidTaskResult,
     RetryLater,
-    TaskTimeout,
-    TransactionLeftOpen,
 )
 from .flows import FlowTemplate, Task
-from .heartbeat import WatchedRun, heartbeat
+from .heartbeat import heartbeat
 from .outputs import describe, error_name
 from .repository import ClaimedRun, is_contention
 from .service import FlowService
 from .status import TaskStatus
-from .tasklog import Keeper, keep, keeping
-from .timeouts import Limit, Overdue, interrupt_after
-from .transactions import end_left_open, state_of_transactions
+from .tasklog import keeping
+from .transactions import kept_usable
 from .validation import storable_text
 
 logger = logging.getLogger("ebbs_and_flows")
@@ -47,26 +39,6 @@ OnTask = Callable[[ClaimedRun, str, TaskStatus], None]
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 1.0
 """Seconds between two tries to reach a database that went away."""
-
-
-class _BodyFailed(Exception):
-    """What a task's own code raised, told apart from what the records' writing raises."""
-
-    def __init__(self, error: BaseException, log: str = "", *, at_commit: bool = False) -> None:
-        self.error = error
-        self.log = log
-        # Or after it, by a hook of the task's own: the step may have been committed.
-        self.at_commit = at_commit
-        # By the database, with all that the body had done there: it can be made again.
-        self.was_undone = False
-
-
-@dataclass(frozen=True, slots=True)
-class _Outcome:
-    """What a task's code returned, in its stored form."""
-
-    entries: dict[str, str]
-    log: str
 
 
 def worker_name() -> str:
@@ -98,7 +70,7 @@ class Worker:
             if not self._service.begin(run, template):
                 return
             with watch as watched, keeping() as keeper:
-                attempt = _Attempt(self._service, run, watched, keeper)
+                attempt = AttemptInProgress(self._service, run, watched, keeper)
                 while self._run_task(run, template, attempt):
                     pass
         except ClaimLost as lost:
@@ -109,7 +81,9 @@ class Worker:
             self._interrupt(run)
             raise
 
-    def _run_task(self, run: ClaimedRun, template: FlowTemplate, attempt: _Attempt) -> bool:
+    def _run_task(
+        self, run: ClaimedRun, template: FlowTemplate, attempt: AttemptInProgress
+    ) -> bool:
         """Make one attempt and store its outcome; return whether the flow goes on here."""
         with telemetry.attempt(run) as span:
             return self._run_traced(run, template, attempt, span)
@@ -118,7 +92,7 @@ class Worker:
         self,
         run: ClaimedRun,
         template: FlowTemplate,
-        attempt: _Attempt,
+        attempt: AttemptInProgress,
         span: telemetry.Attempt,
     ) -> bool:
         index, name = run.task_index, run.task_name
@@ -132,22 +106,22 @@ class Worker:
             if task.atomic:
                 goes_on = self._run_atomic(run, task, attempt, left, next_task)
             else:
-                with self._kept_usable():
-                    outcome = self._call(task, run, attempt, left)
+                with kept_usable(self._repository.connection):
+                    outcome = run_body(task, run, attempt, left)
                 log = outcome.log
                 # Asked once: the same answer for each try to store it.
                 hand_back = self._stop()
                 goes_on = self._persist(
                     run, lambda: self._succeed(run, outcome, next_task, hand_back=hand_back)
                 )
-        except _BodyFailed as failed:
+        except BodyFailed as failed:
             return self._fail(run, task, failed, span)
         except (DatabaseError, InterfaceError) as error:
             if isinstance(error, (OperationalError, InterfaceError)):
                 # The database stayed away for a whole lease: the flow is recovered.
                 raise
             # What was written is refused.
-            return self._fail(run, task, _BodyFailed(error, log), span)
+            return self._fail(run, task, BodyFailed(error, log), span)
         self._on_task(run, name, TaskStatus.SUCCEEDED)
         return goes_on
 
@@ -155,14 +129,14 @@ class Worker:
         self,
         run: ClaimedRun,
         task: Task,
-        attempt: _Attempt,
+        attempt: AttemptInProgress,
         left: float | None,
         next_task: str | None,
     ) -> bool:
         """Run the task and store its outcome in one transaction.
 
         Whatever is raised, by the body, by the commit or by a hook of the task's own after it, is
-        a `_BodyFailed`; and the run is where it was, for what was not committed has not been.
+        a `BodyFailed`; and the run is where it was, for what was not committed has not been.
         """
         before, log = replace(run), ""
         with ExitStack() as begun:
@@ -172,18 +146,18 @@ class Worker:
         raw = self._repository.connection.connection
         try:
             with step:
-                outcome = self._call(task, run, attempt, left)
+                outcome = run_body(task, run, attempt, left)
                 log = outcome.log
                 return self._succeed(run, outcome, next_task, hand_back=self._stop())
         except (KeyboardInterrupt, GeneratorExit, ClaimLost):
             run.go_back_to(before)
             raise
-        except _BodyFailed as failed:
+        except BodyFailed as failed:
             failed.was_undone = self._was_undone(failed.error, raw)
             raise
         except BaseException as error:
             run.go_back_to(before)
-            at_commit = _BodyFailed(error, log, at_commit=True)
+            at_commit = BodyFailed(error, log, at_commit=True)
             at_commit.was_undone = self._was_undone(error, raw)
             raise at_commit from error
 
@@ -194,135 +168,17 @@ class Worker:
         # Django has opened another connection, or none, where this one was lost.
         return is_contention(error) or self._repository.connection.connection is not raw
 
-    @contextmanager
-    def _kept_usable(self) -> Iterator[None]:
-        """In a test's transaction, undo what a query of the body's has broken.
-
-        So that its failure can be stored, as it can where there is no transaction around it.
-        """
-        connection = self._repository.connection
-        if not connection.in_atomic_block:
-            yield
-            return
-        savepoint = connection.savepoint()
-        try:
-            yield
-        except BaseException:
-            try:
-                if connection.needs_rollback:
-                    raise DatabaseError
-                connection.savepoint_commit(savepoint)
-            except DatabaseError:
-                connection.needs_rollback = False
-                with suppress(DatabaseError):
-                    connection.savepoint_rollback(savepoint)
-            raise
-        if not connection.needs_rollback:
-            connection.savepoint_commit(savepoint)
-
     def _succeed(
-        self, run: ClaimedRun, outcome: _Outcome, next_task: str | None, *, hand_back: bool
+        self, run: ClaimedRun, outcome: Outcome, next_task: str | None, *, hand_back: bool
     ) -> bool:
         return self._service.succeed_step(
             run, outcome.entries, next_task, hand_back=hand_back, log=outcome.log
         )
 
-    # The task's own code
-
-    def _call(
-        self, task: Task, run: ClaimedRun, attempt: _Attempt, left: float | None
-    ) -> _Outcome:
-        """Run the task's code and return its new entries in their stored form.
-
-        `left` are the seconds until the flow's deadline, None where there is none.
-        """
-        settings = get_settings()
-        context = ExecutionContext.from_stored(
-            run.stored,
-            flow_execution_id=run.flow.pk,
-            task_name=run.task_name,
-            attempt=run.attempt,
-            idempotency_key=f"{run.flow.pk}-{run.task_index}-{run.task_name}",
-            attempt_in_progress=attempt,
-        )
-        before = state_of_transactions()
-        with attempt.keeper.kept(settings.MAX_LOG_BYTES) as log:
-            try:
-                result = self._limited(task, run, context, left)
-                if (left_open := end_left_open(before)) is not None:
-                    raise TransactionLeftOpen(
-                        f"Task {task.name!r} left a transaction open on the database"
-                        f" {left_open!r}, so it was undone: end each atomic() block, and turn"
-                        f" autocommit on again, before the task returns."
-                    )
-                if not isinstance(result, ExecutionContext):
-                    raise InvalidTaskResult(
-                        f"Task {task.name!r} returned {type(result).__name__}: return the"
-                        f" context, or context.with_entries(…) with what is new."
-                    )
-                entries = result.encode_new_entries(run.stored, max_bytes=settings.MAX_ENTRY_BYTES)
-            except (KeyboardInterrupt, GeneratorExit) as interruption:
-                end_left_open(before, interruption)
-                raise
-            except BaseException as error:
-                end_left_open(before, error)
-                # SystemExit and a cancelled coroutine too: the process goes on, the attempt not.
-                raise _BodyFailed(error, str(log)) from error
-        return _Outcome(entries, str(log))
-
-    def _limited(
-        self, task: Task, run: ClaimedRun, context: ExecutionContext, left: float | None
-    ) -> object:
-        """Run the code for as long as the task's time-out and the flow's deadline allow."""
-        if left is not None and left <= 0:
-            raise DeadlineExceeded(run.flow.pk, run.flow.deadline_at)
-        if task.timeout is None and left is None:
-            return self._result(task, context, Limit(None))
-        ends_by_deadline = task.timeout is None or (left is not None and left < task.timeout)
-        overdue: BaseException = TaskTimeout(
-            f"Task {task.name!r} took longer than its timeout of {task.timeout} s."
-        )
-        if ends_by_deadline:
-            overdue = DeadlineExceeded(run.flow.pk, run.flow.deadline_at)
-        limit = Limit(left if ends_by_deadline else task.timeout)
-        try:
-            result = self._result(task, context, limit)
-        except (Overdue, TimeoutError) as error:
-            if not limit.is_over:
-                raise
-            raise overdue from error
-        finally:
-            if limit.is_over:
-                self._drop_connections()
-        if limit.is_over:
-            # It could not be interrupted, or swallowed the interruption.
-            raise overdue
-        return result
-
-    @staticmethod
-    def _result(task: Task, context: ExecutionContext, limit: Limit) -> object:
-        result: object
-        if limit.left is None:
-            result = task.run(context)
-        else:
-            with interrupt_after(limit, _end_queries):
-                result = task.run(context)
-        if not isinstance(result, ExecutionContext) and inspect.isawaitable(result):
-            # Not by the alarm: what is awaited would go on in its own thread.
-            result = async_to_sync(_wait_for)(result, limit.left)
-        return result
-
-    @staticmethod
-    def _drop_connections() -> None:
-        """Throw away what may have been interrupted in the middle of a query."""
-        for connection in connections.all(initialized_only=True):
-            if not connection.in_atomic_block:
-                connection.close()
-
     # Failures
 
     def _fail(
-        self, run: ClaimedRun, task: Task, failed: _BodyFailed, span: telemetry.Attempt
+        self, run: ClaimedRun, task: Task, failed: BodyFailed, span: telemetry.Attempt
     ) -> bool:
         """Store that the attempt failed; return whether the flow goes on here after all."""
         error, name, before = failed.error, run.task_name, replace(run)
@@ -437,24 +293,11 @@ class Worker:
 
     def _interrupt(self, run: ClaimedRun) -> None:
         """Give a flow back whose task was broken off by a keyboard interrupt."""
-        self._drop_connections()
+        drop_connections()
         with self._repository.step():
             flow = self._repository.lock(run.flow.pk)
             if flow is not None and flow.claim == run.claim:
                 self._service.interrupt(flow, f"interrupted: worker {worker_name()} was stopped.")
-
-
-def _end_queries() -> None:
-    """Have PostgreSQL end this thread's queries, which would go on and hold their locks.
-
-    On other databases they do.
-    """
-    for connection in connections.all(initialized_only=True):
-        raw = connection.connection
-        # Of psycopg 3.2 and later.
-        if hasattr(raw, "cancel_safe") and raw.info.transaction_status.name == "ACTIVE":
-            with suppress(Exception):
-                raw.cancel_safe(timeout=2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -468,7 +311,7 @@ class _Again:
     reason: str = ""
 
     @classmethod
-    def of(cls, run: ClaimedRun, task: Task, failed: _BodyFailed) -> _Again:
+    def of(cls, run: ClaimedRun, task: Task, failed: BodyFailed) -> _Again:
         """Return what the error, the database and the task's retry rule say."""
         error = failed.error
         if isinstance(error, RetryLater):
@@ -482,61 +325,3 @@ class _Again:
         ):
             return cls(after=task.retry.delay_after(run.counted_attempts))
         return cls()
-
-
-class _Attempt:
-    """What a task's context can ask and say; see `context.Attempt`."""
-
-    def __init__(
-        self,
-        service: FlowService,
-        run: ClaimedRun,
-        watched: WatchedRun | None,
-        keeper: Keeper,
-    ) -> None:
-        self.keeper = keeper
-        self._service = service
-        self._run = run
-        self._watched = watched
-        self._is_cancelled = False
-        self._asked_at = 0.0
-
-    def is_cancel_requested(self) -> bool:
-        """Ask the database, at most once a second."""
-        if not self._is_cancelled and time.monotonic() >= self._asked_at + 1:
-            self._asked_at = time.monotonic()
-            try:
-                asyncio.get_running_loop()
-            except RuntimeError:
-                self._ask()
-            else:
-                # Django allows no query in the thread of an event loop.
-                thread = threading.Thread(target=self._ask_and_close)
-                thread.start()
-                thread.join()
-        return self._is_cancelled
-
-    def _ask(self) -> None:
-        flow = self._service.repository.flows.filter(pk=self._run.flow.pk, cancel_requested=True)
-        self._is_cancelled = flow.exists()
-
-    def _ask_and_close(self) -> None:
-        try:
-            self._ask()
-        finally:
-            connections.close_all()
-
-    def report_progress(self, done: float, total: float | None, message: str) -> None:
-        """Hand it to the heartbeat, which writes it at most once a second."""
-        if self._watched is not None:
-            self._watched.report(done, total, storable_text(message))
-            heartbeat.wake()
-
-    def keep_record(self, record: logging.LogRecord) -> None:
-        """Keep it with all else that the task logs."""
-        keep(record)
-
-
-async def _wait_for(awaitable: Any, seconds: float | None) -> object:
-    async with asyncio.timeout(seconds):
-        return await awaitable

@@ -1,0 +1,213 @@
+"""Runs a task's own code, within its limits, and takes in what it returns, raises and leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import threading
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from asgiref.sync import async_to_sync
+from django.db import connections
+
+from .conf import get_settings
+from .context import ExecutionContext
+from .exceptions import (
+    DeadlineExceeded,
+    InvalidTaskResult,
+    TaskTimeout,
+    TransactionLeftOpen,
+)
+from .flows import Task
+from .heartbeat import WatchedRun, heartbeat
+from .repository import ClaimedRun
+from .service import FlowService
+from .tasklog import Keeper, keep
+from .timeouts import Limit, Overdue, interrupt_after
+from .transactions import end_left_open, state_of_transactions
+from .validation import storable_text
+
+
+class BodyFailed(Exception):
+    """What a task's own code raised, told apart from what the records' writing raises."""
+
+    def __init__(self, error: BaseException, log: str = "", *, at_commit: bool = False) -> None:
+        self.error = error
+        self.log = log
+        # Raised by the commit, or by a hook of the task's own after it: the step may be committed.
+        self.at_commit = at_commit
+        # The database undid all that the body had done there, so that it can be made again.
+        self.was_undone = False
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a task's code returned, in its stored form."""
+
+    entries: dict[str, str]
+    log: str
+
+
+class AttemptInProgress:
+    """What a task's context can ask and say; see `context.Attempt`."""
+
+    def __init__(
+        self,
+        service: FlowService,
+        run: ClaimedRun,
+        watched: WatchedRun | None,
+        keeper: Keeper,
+    ) -> None:
+        self.keeper = keeper
+        self._service = service
+        self._run = run
+        self._watched = watched
+        self._is_cancelled = False
+        self._asked_at = 0.0
+
+    def is_cancel_requested(self) -> bool:
+        """Ask the database, at most once a second."""
+        if not self._is_cancelled and time.monotonic() >= self._asked_at + 1:
+            self._asked_at = time.monotonic()
+            try:
+                asyncio.get_running_loop()
+            except RuntimeError:
+                self._ask()
+            else:
+                # Django allows no query in the thread of an event loop.
+                thread = threading.Thread(target=self._ask_and_close)
+                thread.start()
+                thread.join()
+        return self._is_cancelled
+
+    def _ask(self) -> None:
+        flow = self._service.repository.flows.filter(pk=self._run.flow.pk, cancel_requested=True)
+        self._is_cancelled = flow.exists()
+
+    def _ask_and_close(self) -> None:
+        try:
+            self._ask()
+        finally:
+            connections.close_all()
+
+    def report_progress(self, done: float, total: float | None, message: str) -> None:
+        """Hand it to the heartbeat, which writes it at most once a second."""
+        if self._watched is not None:
+            self._watched.report(done, total, storable_text(message))
+            heartbeat.wake()
+
+    def keep_record(self, record: logging.LogRecord) -> None:
+        """Keep it with all else that the task logs."""
+        keep(record)
+
+
+def run_body(
+    task: Task, run: ClaimedRun, attempt: AttemptInProgress, left: float | None
+) -> Outcome:
+    """Run the task's code and return its new entries in their stored form.
+
+    `left` are the seconds until the flow's deadline, None where there is none.
+    """
+    settings = get_settings()
+    context = ExecutionContext.from_stored(
+        run.stored,
+        flow_execution_id=run.flow.pk,
+        task_name=run.task_name,
+        attempt=run.attempt,
+        idempotency_key=f"{run.flow.pk}-{run.task_index}-{run.task_name}",
+        attempt_in_progress=attempt,
+    )
+    before = state_of_transactions()
+    with attempt.keeper.kept(settings.MAX_LOG_BYTES) as log:
+        try:
+            result = _limited(task, run, context, left)
+            if (left_open := end_left_open(before)) is not None:
+                raise TransactionLeftOpen(
+                    f"Task {task.name!r} left a transaction open on the database"
+                    f" {left_open!r}, so it was undone: end each atomic() block, and turn"
+                    f" autocommit on again, before the task returns."
+                )
+            if not isinstance(result, ExecutionContext):
+                raise InvalidTaskResult(
+                    f"Task {task.name!r} returned {type(result).__name__}: return the"
+                    f" context, or context.with_entries(…) with what is new."
+                )
+            entries = result.encode_new_entries(run.stored, max_bytes=settings.MAX_ENTRY_BYTES)
+        except (KeyboardInterrupt, GeneratorExit) as interruption:
+            end_left_open(before, interruption)
+            raise
+        except BaseException as error:
+            end_left_open(before, error)
+            # SystemExit and a cancelled coroutine too: the process goes on, the attempt not.
+            raise BodyFailed(error, str(log)) from error
+    return Outcome(entries, str(log))
+
+
+def _limited(task: Task, run: ClaimedRun, context: ExecutionContext, left: float | None) -> object:
+    """Run the code for as long as the task's time-out and the flow's deadline allow."""
+    if left is not None and left <= 0:
+        raise DeadlineExceeded(run.flow.pk, run.flow.deadline_at)
+    if task.timeout is None and left is None:
+        return _result(task, context, Limit(None))
+    ends_by_deadline = task.timeout is None or (left is not None and left < task.timeout)
+    overdue: BaseException = TaskTimeout(
+        f"Task {task.name!r} took longer than its timeout of {task.timeout} s."
+    )
+    if ends_by_deadline:
+        overdue = DeadlineExceeded(run.flow.pk, run.flow.deadline_at)
+    limit = Limit(left if ends_by_deadline else task.timeout)
+    try:
+        result = _result(task, context, limit)
+    except (Overdue, TimeoutError) as error:
+        if not limit.is_over:
+            raise
+        raise overdue from error
+    finally:
+        if limit.is_over:
+            drop_connections()
+    if limit.is_over:
+        # It could not be interrupted, or swallowed the interruption.
+        raise overdue
+    return result
+
+
+def _result(task: Task, context: ExecutionContext, limit: Limit) -> object:
+    result: object
+    if limit.left is None:
+        result = task.run(context)
+    else:
+        with interrupt_after(limit, _end_queries):
+            result = task.run(context)
+    if not isinstance(result, ExecutionContext) and inspect.isawaitable(result):
+        # Not by the alarm: what is awaited would go on in its own thread.
+        result = async_to_sync(_wait_for)(result, limit.left)
+    return result
+
+
+def drop_connections() -> None:
+    """Throw away what may have been interrupted in the middle of a query."""
+    for connection in connections.all(initialized_only=True):
+        if not connection.in_atomic_block:
+            connection.close()
+
+
+def _end_queries() -> None:
+    """Have PostgreSQL end this thread's queries, which would go on and hold their locks.
+
+    On other databases they do.
+    """
+    for connection in connections.all(initialized_only=True):
+        raw = connection.connection
+        # Of psycopg 3.2 and later.
+        if hasattr(raw, "cancel_safe") and raw.info.transaction_status.name == "ACTIVE":
+            with suppress(Exception):
+                raw.cancel_safe(timeout=2)
+
+
+async def _wait_for(awaitable: Any, seconds: float | None) -> object:
+    async with asyncio.timeout(seconds):
+        return await awaitable
