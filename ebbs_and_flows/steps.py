@@ -99,7 +99,10 @@ class StepService:
         if not due.ready or (due.comes_first and not at_once):
             return None, due
         unlimited = {name: tasks for name, tasks in names.items() if name not in limits}
-        if self.repository.best_template(statuses, names) in unlimited:
+        best = self.repository.best_template(statuses, names, limits)
+        if best is None:
+            return None, due
+        if best in unlimited:
             # No limit has to be looked after: that takes longer than the claim.
             run = self.repository.claim_due(statuses, unlimited, worker, self._lease)
             if run is not None:

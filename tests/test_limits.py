@@ -131,17 +131,22 @@ def test_limited_unlimited_and_paused_templates_share_one_order(runner: FlowRunn
 
 
 def test_a_limited_template_does_not_cost_the_flows_of_others(runner: FlowRunner) -> None:
-    def claims(*, limit: int | None) -> int:
+    def claims(*, limit: int | None, ahead: int = 0) -> int:
+        FlowExecution.objects.all().delete()
         one = FlowRunner()
         register(one, "free", lambda context: context)
         register(one, "limited", lambda context: context, max_running=limit)
+        for flow in one.schedule_flows("limited", [None] * ahead, priority=9)[:1]:
+            assert one.service.claim_flow(flow, one.get_flow_template("limited"), "a worker")
         one.schedule_flow("free")
         with CaptureQueriesContext(connection) as captured:
             assert one.run_next() is not None
         return len(captured)
 
     # To see what is due, and whose turn it is.
-    assert claims(limit=1) - claims(limit=None) == (2 if connection.vendor == "postgresql" else 1)
+    more = 2 if connection.vendor == "postgresql" else 1
+    assert claims(limit=1) - claims(limit=None) == more
+    assert claims(limit=1, ahead=5) - claims(limit=None) == more
 
 
 def test_a_lost_worker_gives_its_place_back(runner: FlowRunner) -> None:

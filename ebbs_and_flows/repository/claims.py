@@ -120,20 +120,32 @@ class ClaimRepository(StepRepository):
         )
 
     def best_template(
-        self, statuses: Sequence[FlowStatus], template_names: Iterable[str]
+        self,
+        statuses: Sequence[FlowStatus],
+        template_names: Iterable[str],
+        limits: Mapping[str, int],
     ) -> str | None:
-        """Return the template of the best ready flow, of those that are not paused."""
+        """Return the template of the best ready flow that may run, as it looks without a lock.
+
+        It may where its template is not paused, and less than its limit of its flows run.
+        """
         names = sorted(template_names)
+        full = (
+            f" AND NOT (f.template_name = %s AND (SELECT COUNT(*) FROM {FLOW} r WHERE"
+            f" r.template_name = %s AND r.status = 'RUNNING' AND r.ready_rank IS NULL"
+            f" AND r.lease_expires_at IS NOT NULL) >= %s)"
+        ) * len(limits)
+        of_full = [item for name, limit in limits.items() for item in (name, name, limit)]
         found: list[Any] = []
         for start in range(0, len(names), BATCH):
             best, parameters = self._best(statuses, names[start : start + BATCH], 1)
             sql = (
                 f"SELECT f.ready_rank, f.run_at, f.id, f.template_name FROM {FLOW} f"
                 f" JOIN ({best}) AS b ON b.id = f.id WHERE NOT EXISTS (SELECT 1 FROM {STATE} s"
-                f" WHERE s.template_name = f.template_name AND s.paused_at IS NOT NULL)"
+                f" WHERE s.template_name = f.template_name AND s.paused_at IS NOT NULL){full}"
                 f" ORDER BY f.ready_rank, f.run_at, f.id LIMIT 1"
             )
-            found += execute_prepared(self.connection, sql, parameters).rows
+            found += execute_prepared(self.connection, sql, [*parameters, *of_full]).rows
         return min(found)[3] if found else None
 
     @staticmethod
