@@ -35,13 +35,20 @@ from .validation import storable_text
 class BodyFailed(Exception):
     """What a task's own code raised, told apart from what the records' writing raises."""
 
-    def __init__(self, error: BaseException, log: str = "", *, at_commit: bool = False) -> None:
+    def __init__(
+        self,
+        error: BaseException,
+        log: str = "",
+        *,
+        at_commit: bool = False,
+        was_undone: bool = False,
+    ) -> None:
         self.error = error
         self.log = log
         # Raised by the commit, or by a hook of the task's own after it: the step may be committed.
         self.at_commit = at_commit
         # The database undid all that the body had done there, so that it can be made again.
-        self.was_undone = False
+        self.was_undone = was_undone
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,11 +113,11 @@ class AttemptInProgress:
 
 
 def run_body(
-    task: Task, run: ClaimedRun, attempt: AttemptInProgress, left: float | None
+    task: Task, run: ClaimedRun, attempt: AttemptInProgress, ends_at: float | None
 ) -> Outcome:
     """Run the task's code and return its new entries in their stored form.
 
-    `left` are the seconds until the flow's deadline, None where there is none.
+    `ends_at` is the flow's deadline on the monotonic clock, None where there is none.
     """
     settings = get_settings()
     context = ExecutionContext.from_stored(
@@ -124,6 +131,7 @@ def run_body(
     before = state_of_transactions()
     with attempt.keeper.kept(settings.MAX_LOG_BYTES) as log:
         try:
+            left = None if ends_at is None else ends_at - time.monotonic()
             result = _limited(task, run, context, left)
             if (left_open := end_left_open(before)) is not None:
                 raise TransactionLeftOpen(

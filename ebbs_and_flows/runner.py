@@ -437,7 +437,8 @@ class FlowRunner:
             if not due:
                 return None
             if due.comes_first and not at_once:
-                self._past_others(partial(self._keep_house, due), stop)
+                if self._past_others(partial(self._keep_house, due), stop) is None:
+                    return None
                 # Something more may have become due meanwhile: it has its turn next time.
                 at_once = True
                 continue

@@ -434,14 +434,8 @@ class FlowService(BulkService):
     ) -> bool:
         """Whether a flow is due whose template is neither paused nor at its `max_running`."""
         offered = {template.name: template.max_running for template in templates}
-        names = set(offered) - self.repository.paused_names(offered)
-        running = self.repository.count_running(names)
-        free = [
-            name
-            for name in names
-            if (limit := offered[name]) is None or running.get(name, 0) < limit
-        ]
-        return self.repository.look(statuses, free).ready
+        limits = {name: limit for name, limit in offered.items() if limit is not None}
+        return self.repository.best_template(statuses, offered, limits) is not None
 
     def paused_templates(self) -> dict[str, FlowTemplateState]:
         """Return what is known of the paused templates, by their names."""

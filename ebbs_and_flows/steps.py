@@ -104,7 +104,7 @@ class StepService:
             return None, due
         if best in unlimited:
             # No limit has to be looked after: that takes longer than the claim.
-            run = self.repository.claim_due(statuses, unlimited, worker, self._lease)
+            run = self.repository.claim_due(statuses, {best: names[best]}, worker, self._lease)
             if run is not None:
                 return self._announced(run), due
 

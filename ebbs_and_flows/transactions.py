@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from types import CellType
 from typing import Any
 
 from django.db import DatabaseError, Error, connections
+from django.db.transaction import TransactionManagementError
 
 _ENDED = "(none: this block was ended with the task that had begun it)"
 
@@ -34,8 +37,7 @@ def end_left_open(before: State, error: BaseException | None = None) -> str | No
         _let_go(error)
     left = _left_open(before)
     for connection in left:
-        with suppress(Error):
-            _undo(connection, *_wanted(before, connection))
+        _undo(connection, *_wanted(before, connection))
     return left[0].alias if left else None
 
 
@@ -54,17 +56,25 @@ def _let_go(error: BaseException) -> None:
 
 
 def _undo(connection: Any, depth: int, autocommit: bool) -> None:
-    while len(connection.atomic_blocks) > depth:
-        block = connection.atomic_blocks[-1]
-        try:
+    blocks = connection.atomic_blocks[depth:]
+    for block in reversed(blocks):
+        with suppress(Exception):
             block.__exit__(Error, Error(), None)
-        finally:
+    for block in blocks:
+        if not _is_shared(block):
             # Whoever still holds it, and ends it later, would end another one's block.
             block.using = _ENDED
     if not connection.in_atomic_block:
-        connection.rollback()
-        connection.set_autocommit(autocommit)
-        connection.close()
+        with suppress(Error):
+            connection.rollback()
+            connection.set_autocommit(autocommit)
+        with suppress(Error):
+            connection.close()
+
+
+def _is_shared(block: Any) -> bool:
+    """Whether it is a decorator's, or in somebody's variable, and so entered again and again."""
+    return any(isinstance(holder, (dict, CellType)) for holder in gc.get_referrers(block))
 
 
 def _left_open(before: State) -> list[Any]:
@@ -92,15 +102,19 @@ def kept_usable(connection: Any) -> Iterator[None]:
     savepoint = connection.savepoint()
     try:
         yield
+        if connection.needs_rollback:
+            raise TransactionManagementError(
+                "A query failed, and the error was caught within the test's transaction: catch it"
+                " around an atomic() block."
+            )
+        connection.savepoint_commit(savepoint)
     except BaseException:
-        try:
-            if connection.needs_rollback:
-                raise DatabaseError
-            connection.savepoint_commit(savepoint)
-        except DatabaseError:
-            connection.needs_rollback = False
-            with suppress(DatabaseError):
+        with suppress(Error):
+            try:
+                if connection.needs_rollback:
+                    raise DatabaseError
+                connection.savepoint_commit(savepoint)
+            except Error:
+                connection.needs_rollback = False
                 connection.savepoint_rollback(savepoint)
         raise
-    if not connection.needs_rollback:
-        connection.savepoint_commit(savepoint)

@@ -98,21 +98,21 @@ class Worker:
         index, name = run.task_index, run.task_name
         task = template.tasks[index]
         next_task = template.tasks[index + 1].name if index + 1 < len(template.tasks) else None
-        left: float | None = None
-        if run.flow.deadline_at is not None:
-            left = self._patiently(run, lambda: self._time_left(run))
+        ends_at = self._deadline(run)
         log = ""
         try:
             if task.atomic:
-                goes_on = self._run_atomic(run, task, attempt, left, next_task)
+                goes_on = self._run_atomic(run, task, attempt, ends_at, next_task)
             else:
                 with kept_usable(self._repository.connection):
-                    outcome = run_body(task, run, attempt, left)
-                log = outcome.log
+                    outcome = run_body(task, run, attempt, ends_at)
+                    log = outcome.log
                 # Asked once: the same answer for each try to store it.
                 hand_back = self._stop()
-                goes_on = self._persist(
-                    run, lambda: self._succeed(run, outcome, next_task, hand_back=hand_back)
+                goes_on = self._patiently(
+                    run,
+                    lambda: self._succeed(run, outcome, next_task, hand_back=hand_back),
+                    lambda: self._service.settle(run),
                 )
         except BodyFailed as failed:
             return self._fail(run, task, failed, span)
@@ -130,7 +130,7 @@ class Worker:
         run: ClaimedRun,
         task: Task,
         attempt: AttemptInProgress,
-        left: float | None,
+        ends_at: float | None,
         next_task: str | None,
     ) -> bool:
         """Run the task and store its outcome in one transaction.
@@ -138,15 +138,13 @@ class Worker:
         Whatever is raised, by the body, by the commit or by a hook of the task's own after it, is
         a `BodyFailed`; and the run is where it was, for what was not committed has not been.
         """
-        before, log = replace(run), ""
-        with ExitStack() as begun:
-            # Nothing is done yet, so that a writer in the way costs the task nothing.
-            self._patiently(run, lambda: begun.enter_context(self._repository.step()))
-            step = begun.pop_all()
-        raw = self._repository.connection.connection
+        before, raw, log = replace(run), None, ""
         try:
-            with step:
-                outcome = run_body(task, run, attempt, left)
+            with ExitStack() as step:
+                # Nothing is done yet, so that a writer in the way costs the task nothing.
+                self._patiently(run, lambda: step.enter_context(self._repository.step()))
+                raw = self._repository.connection.connection
+                outcome = run_body(task, run, attempt, ends_at)
                 log = outcome.log
                 return self._succeed(run, outcome, next_task, hand_back=self._stop())
         except (KeyboardInterrupt, GeneratorExit, ClaimLost):
@@ -156,10 +154,13 @@ class Worker:
             failed.was_undone = self._was_undone(failed.error, raw)
             raise
         except BaseException as error:
+            if raw is None:
+                # It could not begin.
+                raise
             run.go_back_to(before)
-            at_commit = BodyFailed(error, log, at_commit=True)
-            at_commit.was_undone = self._was_undone(error, raw)
-            raise at_commit from error
+            raise BodyFailed(
+                error, log, at_commit=True, was_undone=self._was_undone(error, raw)
+            ) from error
 
     def _was_undone(self, error: BaseException, raw: object) -> bool:
         """Whether the database undid a transaction for another one's sake, or lost it."""
@@ -184,10 +185,9 @@ class Worker:
         error, name, before = failed.error, run.task_name, replace(run)
         self._repository.drop_broken_connections()
         again = _Again.of(run, task, failed)
-        after = again.after
-        if after is not None and run.flow.deadline_at is not None:
-            left = self._patiently(run, lambda: self._time_left(run))
-            after = None if left is not None and left <= after else after
+        after, ends_at = again.after, self._deadline(run)
+        if after is not None and ends_at is not None and time.monotonic() + after >= ends_at:
+            after = None
         later = after if isinstance(error, RetryLater) else None
         output = describe(error, get_settings().MAX_OUTPUT_BYTES, message_only=later is not None)
 
@@ -212,7 +212,7 @@ class Worker:
 
         extra = {"flow": run.flow.pk, "template": run.flow.template_name, "task": name}
         goes_on = self._patiently(run, write, ask)
-        if failed.at_commit and self._has_succeeded(before.task_execution_id):
+        if failed.at_commit and self._has_succeeded(run, before.task_execution_id):
             logger.warning(
                 "Task %s of flow %s has succeeded; what came after its commit has not: %s",
                 name,
@@ -239,22 +239,17 @@ class Worker:
         self._on_task(run, name, TaskStatus.FAILED)
         return False
 
-    def _has_succeeded(self, task_execution_id: int) -> bool:
+    def _has_succeeded(self, run: ClaimedRun, task_execution_id: int) -> bool:
         attempts = self._repository.attempts.filter(pk=task_execution_id)
-        return attempts.filter(status=TaskStatus.SUCCEEDED).exists()
+        return self._patiently(run, attempts.filter(status=TaskStatus.SUCCEEDED).exists)
 
-    def _time_left(self, run: ClaimedRun) -> float | None:
-        """Return the seconds until the flow's deadline; None where there is none."""
+    def _deadline(self, run: ClaimedRun) -> float | None:
+        """Return the flow's deadline on the monotonic clock; None where there is none."""
         deadline = run.flow.deadline_at
-        return None if deadline is None else (deadline - self._repository.now()).total_seconds()
-
-    def _persist(self, run: ClaimedRun, write: Callable[[], bool]) -> bool:
-        """Make a write that is a transaction of its own, through a database that comes and goes.
-
-        Where its outcome is unknown, the database is asked, and what was not committed is written
-        again, for as long as the lease would last. Returns whether the flow goes on here.
-        """
-        return self._patiently(run, write, lambda: self._service.settle(run))
+        if deadline is None:
+            return None
+        now = self._patiently(run, self._repository.now)
+        return time.monotonic() + (deadline - now).total_seconds()
 
     def _patiently(
         self,
@@ -262,9 +257,10 @@ class Worker:
         action: Callable[[], T],
         ask: Callable[[], T | None] = lambda: None,
     ) -> T:
-        """Do what needs the database until it answers, for a lease.
+        """Do what needs the database until it answers, for as long as a lease would last.
 
-        After a failure `ask()` tells what the action has done after all; None is nothing.
+        After a failure `ask()` tells what the action, if it is a write, has done after all; None
+        is nothing, so that it is done again.
         """
         until = time.monotonic() + get_settings().LEASE_SECONDS
         pause = _FIRST_PAUSE

@@ -149,6 +149,14 @@ def test_a_limited_template_does_not_cost_the_flows_of_others(runner: FlowRunner
     assert claims(limit=1, ahead=5) - claims(limit=None) == more
 
 
+def test_there_may_be_any_number_of_limited_templates(runner: FlowRunner) -> None:
+    limits = {f"limited-{number}": 1 for number in range(1200)}
+    register(runner, "limited-7", lambda context: context, max_running=1)
+    runner.schedule_flow("limited-7")
+    repository = runner.service.repository
+    assert repository.best_template([FlowStatus.SCHEDULED], limits, limits) == "limited-7"
+
+
 def test_a_lost_worker_gives_its_place_back(runner: FlowRunner) -> None:
     register(runner, "limited", lambda context: context, max_running=1)
     lost, waiting = runner.schedule_flows("limited", [{}, {}])

@@ -6,7 +6,7 @@ import gc
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
@@ -223,6 +223,21 @@ def test_a_block_that_ended_with_its_task_ends_no_other_one(runner: FlowRunner) 
     statuses = [flow.status for flow in iter(runner.run_next, None)]
     assert statuses == [FlowStatus.FAILED, FlowStatus.SUCCEEDED]
     assert set(FlowExecution.objects.values_list("priority", flat=True)) == {7}
+
+
+def test_a_block_that_is_entered_twice_and_again_elsewhere_stays_usable(
+    run: Callable[..., FlowExecution],
+) -> None:
+    block = transaction.atomic(using=connection.alias)
+
+    def enter_twice(context: ExecutionContext) -> ExecutionContext:
+        block.__enter__()
+        block.__enter__()
+        return context
+
+    assert run(enter_twice).status == FlowStatus.FAILED
+    with block:
+        assert FlowExecution.objects.count() == 1
 
 
 def stop_in_a_helper(context: ExecutionContext) -> ExecutionContext:
@@ -464,3 +479,14 @@ class InATestCase(TestCase):
         for atomic in (False, True):
             assert self.fail_by(ask, atomic=atomic).status == FlowStatus.FAILED
             assert "no_such_column" in TaskExecution.objects.latest("pk").output
+
+    def test_an_error_that_was_caught_outside_of_a_block_is_named(self) -> None:
+        def twice(context: ExecutionContext) -> ExecutionContext:
+            now = timezone.now()
+            with suppress(IntegrityError):
+                for _ in range(2):
+                    WorkerProcess.objects.create(name="w", started_at=now, seen_at=now)
+            return context
+
+        assert self.fail_by(twice).status == FlowStatus.FAILED
+        assert "catch it around an atomic() block" in TaskExecution.objects.get().output

@@ -32,7 +32,7 @@ def run_slice(is_stopping: Callable[[], bool], hand_on: Callable[[], object]) ->
         return time.monotonic() >= ends_at or is_stopping()
 
     while not is_over():
-        if flow_runner.run_next(stop=is_over) is None:
+        if flow_runner.run_next(stop=is_over) is None and not is_over():
             return
     if flow_runner.has_work():
         hand_on()
@@ -49,9 +49,10 @@ def fire(name: str, intended_at: datetime) -> None:
 
     try:
         flow_runner.fire_recurring(name, intended_at)
+    except (OperationalError, InterfaceError):
+        raise
     except Exception as error:
         is_late = clock.now() - intended_at > FIRED_FOR
-        may_pass = isinstance(error, (OperationalError, InterfaceError)) or not is_late
-        if may_pass and not isinstance(error, EbbsAndFlowsError):
+        if not isinstance(error, EbbsAndFlowsError) and not is_late:
             raise
         logger.exception("The recurring flow %r could not be scheduled for %s.", name, intended_at)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from datetime import datetime
+
+from django.db import InterfaceError, OperationalError
 
 from .. import clock
 from ..recurrence import Recurrence
 from . import QueueSchedule
 from .slices import fire
+
+logger = logging.getLogger("ebbs_and_flows")
 
 
 class Timetable:
@@ -20,6 +25,7 @@ class Timetable:
     def __init__(self) -> None:
         self._recurrences: Mapping[str, Recurrence] = {}
         self._due: dict[str, datetime] = {}
+        self._failing: set[str] = set()
 
     def sync_recurring(self, recurrences: Mapping[str, Recurrence]) -> None:
         """Remember when each is due next."""
@@ -32,18 +38,22 @@ class Timetable:
     def fire_recurring(self) -> None:
         """Schedule what is due; its key makes that one flow, however many pacemakers do so."""
         now = clock.now()
-        errors: list[Exception] = []
         for name, moment in self._due.items():
-            if moment <= now:
-                try:
-                    fire(name, moment)
-                except Exception as error:  # noqa: BLE001 - one does not hold up the others
-                    errors.append(error)
-                else:
-                    self._due[name] = self._recurrences[name].next_after(now)
-        if errors:
-            # It is tried again at the next beat.
-            raise errors[0]
+            if moment > now:
+                continue
+            try:
+                fire(name, moment)
+            except (OperationalError, InterfaceError):
+                raise
+            except Exception:
+                if name not in self._failing:
+                    logger.exception(
+                        "The recurring flow %r could not be scheduled; it is tried again.", name
+                    )
+                self._failing.add(name)
+            else:
+                self._failing.discard(name)
+                self._due[name] = self._recurrences[name].next_after(now)
 
     def schedules(self) -> dict[str, QueueSchedule]:
         """Return none: the queue has no schedules."""

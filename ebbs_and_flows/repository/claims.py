@@ -130,22 +130,16 @@ class ClaimRepository(StepRepository):
         It may where its template is not paused, and less than its limit of its flows run.
         """
         names = sorted(template_names)
-        full = (
-            f" AND NOT (f.template_name = %s AND (SELECT COUNT(*) FROM {FLOW} r WHERE"
-            f" r.template_name = %s AND r.status = 'RUNNING' AND r.ready_rank IS NULL"
-            f" AND r.lease_expires_at IS NOT NULL) >= %s)"
-        ) * len(limits)
-        of_full = [item for name, limit in limits.items() for item in (name, name, limit)]
         found: list[Any] = []
         for start in range(0, len(names), BATCH):
-            best, parameters = self._best(statuses, names[start : start + BATCH], 1)
+            best, parameters = self._best(statuses, names[start : start + BATCH], 1, limits)
             sql = (
                 f"SELECT f.ready_rank, f.run_at, f.id, f.template_name FROM {FLOW} f"
                 f" JOIN ({best}) AS b ON b.id = f.id WHERE NOT EXISTS (SELECT 1 FROM {STATE} s"
-                f" WHERE s.template_name = f.template_name AND s.paused_at IS NOT NULL){full}"
+                f" WHERE s.template_name = f.template_name AND s.paused_at IS NOT NULL)"
                 f" ORDER BY f.ready_rank, f.run_at, f.id LIMIT 1"
             )
-            found += execute_prepared(self.connection, sql, [*parameters, *of_full]).rows
+            found += execute_prepared(self.connection, sql, parameters).rows
         return min(found)[3] if found else None
 
     @staticmethod
@@ -167,25 +161,36 @@ class ClaimRepository(StepRepository):
         return f"COALESCE({waiting})", lost, moment * 4
 
     def _best(
-        self, statuses: Sequence[FlowStatus], names: Sequence[str], limit: int
+        self,
+        statuses: Sequence[FlowStatus],
+        names: Sequence[str],
+        limit: int,
+        limits: Mapping[str, int] | None = None,
     ) -> tuple[str, list[Any]]:
         """Return the SQL, and its parameters, of the ids of each template's best ready flows.
 
-        It is one index range a template.
+        It is one index range a template; none of one that is at its limit, if `limits` are given.
         """
-        ready, parameters = self._is_ready(statuses)
+        if not names:
+            return f"SELECT id FROM {FLOW} WHERE 1 = 0", []
+        ready, of_ready = self._is_ready(statuses)
         # MariaDB weighs its indexes by the rows of the template, and not by the first few.
         hint = "FORCE INDEX (ebbs_flow_ready) " if self.connection.vendor == "mysql" else ""
         best = (
             f"SELECT id FROM (SELECT id FROM {FLOW} {hint}WHERE template_name = %s AND {ready}"
             f" ORDER BY ready_rank, run_at, id LIMIT {limit}) AS best"
         )
-        if not names:
-            return f"SELECT id FROM {FLOW} WHERE 1 = 0", []
-        return (
-            " UNION ALL ".join([best] * len(names)),
-            [item for name in names for item in (name, *parameters)],
+        below_limit = (
+            f" WHERE (SELECT COUNT(*) FROM {FLOW} r WHERE r.template_name = %s"
+            f" AND r.status = 'RUNNING' AND r.ready_rank IS NULL"
+            f" AND r.lease_expires_at IS NOT NULL) < %s"
         )
+        parts, parameters = [], []
+        for name in names:
+            most = None if limits is None else limits.get(name)
+            parts.append(best if most is None else best + below_limit)
+            parameters += [name, *of_ready, *([] if most is None else [name, most])]
+        return " UNION ALL ".join(parts), parameters
 
     def rank_due(self) -> int:
         """Rank the flows whose moment has come, for the claim to find them; return how many."""
@@ -206,13 +211,6 @@ class ClaimRepository(StepRepository):
         return flows.select_for_update(skip_locked=skips)
 
     # What operators have decided on templates
-
-    def paused_names(self, template_names: Iterable[str]) -> set[str]:
-        """Return those of the templates that are paused."""
-        paused = self.template_states.filter(
-            template_name__in=list(template_names), paused_at__isnull=False
-        )
-        return set(paused.values_list("template_name", flat=True))
 
     def have_states(self, template_names: Iterable[str]) -> None:
         """Make the rows that `lock_free_places` locks, where there are none yet."""
