@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -41,6 +42,19 @@ def nightly() -> Any:
     flow_runner._templates.pop("nightly")
     flow_runner._recurrences.clear()
     flow_runner.sync_recurring()
+
+
+@contextmanager
+def reported_by(form: type[forms.Form]) -> Iterator[None]:
+    """Declare a second recurring flow, whose parameters this form checks."""
+    report = FlowTemplate("a-report", tasks=[task(lambda context: context)], parameters=form)
+    flow_runner.register_flow_template(report)
+    try:
+        flow_runner.schedule_recurring("a-report", "0 6 * * *")
+        flow_runner.sync_recurring()
+        yield
+    finally:
+        flow_runner._templates.pop("a-report")
 
 
 def watch_until(condition: Callable[[], bool], what: str) -> None:
@@ -113,13 +127,7 @@ def test_a_recurring_flow_that_cannot_be_scheduled_holds_up_no_other(
     class NeedsRegion(forms.Form):
         region = forms.CharField()
 
-    report = FlowTemplate(
-        "a-report", tasks=[task(lambda context: context)], parameters=NeedsRegion
-    )
-    flow_runner.register_flow_template(report)
-    try:
-        flow_runner.schedule_recurring("a-report", "0 6 * * *")
-        flow_runner.sync_recurring()
+    with reported_by(NeedsRegion):
         past = timezone.now() - timedelta(minutes=5)
         engine._due = {"a-report": past, "nightly": past}
         engine.fire_recurring()
@@ -130,8 +138,6 @@ def test_a_recurring_flow_that_cannot_be_scheduled_holds_up_no_other(
         caplog.clear()
         fire_recurring("a-report", intended_at=past.isoformat())
         assert "could not be scheduled" in caplog.text
-    finally:
-        flow_runner._templates.pop("a-report")
 
 
 @pytest.mark.parametrize("engine", [FOREGROUND, DJANGO_TASKS], indirect=True)
@@ -144,13 +150,7 @@ def test_a_recurring_flow_whose_form_asks_what_is_away_is_tried_for_an_hour(
         def clean(self) -> dict[str, Any]:
             raise ConnectionError("the bank is away")
 
-    report = FlowTemplate(
-        "a-report", tasks=[task(lambda context: context)], parameters=AsksTheBank
-    )
-    flow_runner.register_flow_template(report)
-    try:
-        flow_runner.schedule_recurring("a-report", "0 6 * * *")
-        flow_runner.sync_recurring()
+    with reported_by(AsksTheBank):
         now = timezone.now()
         engine._due = {"a-report": now - timedelta(minutes=50), "nightly": now}
         for _ in range(2):
@@ -164,8 +164,6 @@ def test_a_recurring_flow_whose_form_asks_what_is_away_is_tried_for_an_hour(
         engine.fire_recurring()
         assert engine._due["a-report"] > now
         assert "could not be scheduled" in caplog.text
-    finally:
-        flow_runner._templates.pop("a-report")
 
 
 @pytest.mark.usefixtures("engine", "db")
