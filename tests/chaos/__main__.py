@@ -33,6 +33,17 @@ def every_statement(database: str) -> int:
         return every_statement.main(database)
 
 
+def all_pairs(database: str, options: argparse.Namespace) -> int:
+    """Pause a worker at each statement while another actor does something, on one database."""
+    os.environ["EBBS_TEST_LEASE_SECONDS"] = ENDLESS_LEASE
+    from .database import made_database
+
+    with made_database():
+        from . import all_pairs
+
+        return all_pairs.main(database, most=options.pairs, seed=options.seed)
+
+
 def at_random(database: str, options: argparse.Namespace) -> int:
     """Let things go wrong at random on one database."""
     os.environ["EBBS_TEST_LEASE_SECONDS"] = FAST_LEASE
@@ -81,7 +92,11 @@ def short() -> int:
     """Try every statement on each database, then a hundred faults at random on each."""
     started, codes = time.monotonic(), []
     databases = answering()
-    for fire in (["every-statement"], ["at-random", "--flows", "300", "--faults", "40"]):
+    for fire in (
+        ["every-statement"],
+        ["all-pairs", "--pairs", "150"],
+        ["at-random", "--flows", "300", "--faults", "40"],
+    ):
         # Together: they wait for their disks, and for leases, more than they compute.
         processes = [start(database, *fire) for database in databases]
         codes += [process.wait() for process in processes]
@@ -91,9 +106,12 @@ def short() -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
-    parser.add_argument("fire", choices=["short", "long", "every-statement", "at-random"])
+    parser.add_argument(
+        "fire", choices=["short", "long", "every-statement", "all-pairs", "at-random"]
+    )
     parser.add_argument("--flows", type=int, default=10_000)
     parser.add_argument("--faults", type=int, default=1_000)
+    parser.add_argument("--pairs", type=int, help="how many pairs, by default all")
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
     options = parser.parse_args()
     os.environ["DJANGO_SETTINGS_MODULE"] = "tests.chaos.settings"
@@ -107,6 +125,8 @@ def main() -> int:
         return start("postgresql", *sys.argv[2:], "at-random").wait()
     if options.fire == "every-statement":
         return every_statement(database)
+    if options.fire == "all-pairs":
+        return all_pairs(database, options)
     return at_random(database, options)
 
 

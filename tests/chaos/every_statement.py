@@ -7,7 +7,6 @@ import os
 import signal
 import tempfile
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from ebbs_and_flows import ExecutionContext, FlowStatus, FlowTemplate, Task, flo
 from ebbs_and_flows.models import FlowExecution, TaskExecution
 
 from . import evidence, faults, flows
+from .processes import end, has_ended, in_a_process, start, wait_for_its_stop
 
 MISSED, WENT_ON, STOPPED = 0, 4, 5
 """How a process ended: no fault came, it did its work all the same, it gave up for an error."""
@@ -167,10 +167,10 @@ def _burn(name: str, count: Count) -> dict[str, Scenario]:
         )
         cases[case] = scenario
         if scenario.dies is not None:
-            _in_a_process(partial(scenario.dies, case))
+            in_a_process(partial(scenario.dies, case))
         return case
 
-    boundaries = _count(prepare(f"{name}, unharmed"), scenario)
+    boundaries = count_statements(prepare(f"{name}, unharmed"), scenario)
     count.statements[name] = len(boundaries)
     for harm, number, after in faults.moments(connection.vendor, boundaries):
         what = harm.__name__
@@ -178,7 +178,7 @@ def _burn(name: str, count: Count) -> dict[str, Scenario]:
             continue
         case = prepare(f"{name}, {what} {'after' if after else 'before'} {number}")
         tried = partial(_try, case, harm, number, after)
-        code = _take_over(tried, case) if harm is faults.pause else _in_a_process(tried)
+        code = _take_over(tried, case) if harm is faults.pause else in_a_process(tried)
         count.faults[what] += 1
         count.went_on[what] += code == WENT_ON
         count.stopped[what] += code == STOPPED
@@ -187,17 +187,17 @@ def _burn(name: str, count: Count) -> dict[str, Scenario]:
     return cases
 
 
-def _count(case: str, scenario: Scenario) -> list[bool]:
+def count_statements(case: str, scenario: Scenario) -> list[bool]:
     """Do it without a fault; return of each statement whether what it did was committed then."""
     read, write = os.pipe()
 
     def act() -> None:
-        _make_ready(case, scenario)
+        make_ready(case, scenario)
         fault = faults.Fault(connection)
         scenario.act(case)
         os.write(write, bytes(fault.boundaries))
 
-    _in_a_process(act)
+    in_a_process(act)
     os.close(write)
     with os.fdopen(read, "rb") as pipe:
         return [bool(item) for item in pipe.read()]
@@ -205,7 +205,7 @@ def _count(case: str, scenario: Scenario) -> list[bool]:
 
 def _try(case: str, harm: faults.Harm, number: int, after: bool) -> int:
     scenario = SCENARIOS[case.split(",", maxsplit=1)[0]]
-    _make_ready(case, scenario)
+    make_ready(case, scenario)
     fault = faults.Fault(connection, harm, number, after=after)
     try:
         scenario.act(case)
@@ -214,7 +214,7 @@ def _try(case: str, harm: faults.Harm, number: int, after: bool) -> int:
     return WENT_ON if fault.done else MISSED
 
 
-def _make_ready(case: str, scenario: Scenario) -> None:
+def make_ready(case: str, scenario: Scenario) -> None:
     for act in scenario.before:
         act(case)
     connection.ensure_connection()
@@ -225,17 +225,17 @@ def _take_over(tried: Callable[[], int], case: str) -> int:
 
     The other is in the middle of a task by then, so that nothing but the claim tells them apart.
     """
-    stopped = _start(tried)
-    _wait_for_its_stop(stopped)
-    other = _start(partial(_run_and_stop_in_a_task, case))
-    _wait_for_its_stop(other)
+    stopped = start(tried)
+    wait_for_its_stop(stopped)
+    other = start(partial(_run_and_stop_in_a_task, case))
+    wait_for_its_stop(other)
     os.kill(stopped, signal.SIGCONT)
     # It waits for the other one where that is in an atomic task and the database is SQLite.
     until = time.monotonic() + 1
-    while time.monotonic() < until and not _has_ended(stopped):
+    while time.monotonic() < until and not has_ended(stopped):
         time.sleep(0.005)
     os.kill(other, signal.SIGCONT)
-    return _end(other) or _end(stopped)
+    return end(other) or end(stopped)
 
 
 def _run_and_stop_in_a_task(case: str) -> int:
@@ -253,38 +253,6 @@ def _run_and_stop_in_a_task(case: str) -> int:
     if evidence.note is note_and_stop:
         os.kill(os.getpid(), signal.SIGSTOP)
     return 0
-
-
-def _in_a_process(act: Callable[[], int | None]) -> int:
-    return _end(_start(act))
-
-
-def _start(act: Callable[[], int | None]) -> int:
-    """Do it in a process of its own; return its id. This one holds no connection."""
-    pid = os.fork()
-    if pid:
-        return pid
-    code = 1
-    try:
-        code = act() or 0
-    except BaseException:  # noqa: BLE001 - nothing of the parent's is to run in the child
-        traceback.print_exc()
-    finally:
-        os._exit(code)
-
-
-def _wait_for_its_stop(pid: int) -> None:
-    """Wait until it stops, or ends."""
-    os.waitid(os.P_PID, pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
-
-
-def _has_ended(pid: int) -> bool:
-    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-
-
-def _end(pid: int) -> int:
-    """Wait for its end; return the exit code."""
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def _finish(cases: dict[str, Scenario], count: Count) -> dict[int, tuple[FlowStatus, ...]]:

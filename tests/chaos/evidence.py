@@ -121,9 +121,15 @@ class Verdict:
 class Court:
     """Judges flows by their records, by what their tasks noted and by what these wrote."""
 
-    def __init__(self, expected: Mapping[int, Iterable[str]], log: Path) -> None:
-        """Take the ids of all flows that were scheduled, each with how it may have ended."""
+    def __init__(
+        self, expected: Mapping[int, Iterable[str]], log: Path, *, gone: Iterable[int] = ()
+    ) -> None:
+        """Take the ids of all flows that were scheduled, each with how it may have ended.
+
+        `gone` are the flows that were deleted on purpose.
+        """
         self._expected = {pk: set(map(str, statuses)) for pk, statuses in expected.items()}
+        self._gone = set(gone)
         self._log = log
         self._verdict = Verdict(flows=len(self._expected))
 
@@ -132,7 +138,7 @@ class Court:
         lines: dict[int, list[Line]] = defaultdict(list)
         for line in read_log(self._log):
             lines[line.flow].append(line)
-        for flow_id in lines.keys() - self._expected.keys():
+        for flow_id in lines.keys() - self._expected.keys() - self._gone:
             self._verdict.unsound.append(f"Flow {flow_id} ran, and nobody scheduled it.")
         ids = sorted(self._expected)
         for start in range(0, len(ids), BATCH_SIZE):

@@ -26,7 +26,8 @@ class Fault:
     Or at the first one from there that it can be done at.
 
     It is installed in the process that is tried. `boundaries` says of each statement made so far
-    whether what it did was then committed, `done` whether the harm was done.
+    whether what it did was then committed, `done` whether the harm was done. A process is
+    paused within a transaction only with `in_transactions`.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class Fault:
         number: int = 0,
         *,
         after: bool = False,
+        in_transactions: bool = False,
     ) -> None:
         self.boundaries: list[bool] = []
         self.done = False
@@ -43,6 +45,7 @@ class Fault:
         self._number = number
         self._after = after
         self._harm = harm
+        self._in_transactions = in_transactions
         connection.execute_wrappers.append(self._execute)
         # A commit is no statement to Django's wrappers, and the very moment that counts.
         commit: Callable[[], Any] = connection._commit
@@ -67,7 +70,11 @@ class Fault:
 
     def _can_strike(self) -> bool:
         # Two runs are not the same to the statement: time passes.
-        return self._harm not in (lock, pause) or not in_transaction(self._connection)
+        return (
+            self._in_transactions
+            or self._harm not in (lock, pause)
+            or not in_transaction(self._connection)
+        )
 
     def _strike(self) -> None:
         self.done = True

@@ -1,0 +1,292 @@
+"""Pauses a worker before each statement, has another actor do one whole thing, and resumes it.
+
+The pause may be in the middle of a transaction. Then the actor may wait for its locks, so the
+worker is resumed after a moment in any case. I1 to I6 must hold for every pair.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import signal
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+from django.db import DatabaseError, connection
+
+from ebbs_and_flows import (
+    EbbsAndFlowsError,
+    FlowRunner,
+    FlowTemplate,
+    Task,
+    flow_runner,
+)
+from ebbs_and_flows.models import FlowExecution
+from ebbs_and_flows.status import FINISHED
+
+from . import evidence, faults, flows
+from .every_statement import (
+    SCENARIOS,
+    Scenario,
+    count_statements,
+    expire,
+    make_ready,
+    reschedule,
+    run,
+)
+from .processes import end, has_ended, in_a_process, start, wait_for_its_stop
+
+PATIENCE = 0.3
+"""Seconds that the actor gets while the worker is paused; it may wait for the worker's locks."""
+TOO_LONG = 60.0
+"""Seconds after which a process that does not end counts as stuck."""
+
+PAUSED = ("run", "in slices", "limited", "failure", "cancellation", "recovery")
+"""The scenarios whose worker is paused: claim, step, failure, hand-back, cancel, recovery."""
+
+
+# What the other actor does, one whole thing
+
+
+def _flow(case: str) -> FlowExecution:
+    # A fork has the same template; the flow of the case came first.
+    return FlowExecution.objects.filter(template_name=case).order_by("pk")[0]
+
+
+def recover(case: str) -> None:
+    expire(case)
+    flow_runner.service.recover_expired()
+
+
+def recover_and_claim(case: str) -> None:
+    expire(case)
+    run(case)
+
+
+def step(case: str) -> None:
+    """Be a second worker that does one task, where the flow is free."""
+    flow_runner.run_next(templates=[case], stop=lambda: True)
+
+
+def cancel(case: str) -> None:
+    flow_runner.cancel_flow_execution(_flow(case))
+
+
+def bulk_cancel(case: str) -> None:
+    flow_runner.cancel_flow_executions([_flow(case).pk])
+
+
+def bulk_reschedule(case: str) -> None:
+    flow_runner.reschedule_flow_executions([_flow(case).pk])
+
+
+def complete_by_hand(case: str) -> None:
+    flow_runner.complete_failed_task(_flow(case), reason="Paid in cash.")
+
+
+def fork(case: str) -> None:
+    flow_runner.fork_flow_execution(_flow(case), changes={"forked": True})
+
+
+def prune(case: str) -> None:
+    flow_runner.service.prune_finished(timedelta(0), template_name=case)
+
+
+def delete(case: str) -> None:
+    _flow(case).delete()
+
+
+def pause_template(case: str) -> None:
+    flow_runner.pause_flow_template(case)
+
+
+def deploy_newer(case: str) -> None:
+    """Be a worker of the next release, which has one task more."""
+    expire(case)
+    _run_release(case, [*_scenario(case).tasks, flows.appended])
+
+
+def deploy_older(case: str) -> None:
+    """Be a worker of the release before, which lacked the last task."""
+    expire(case)
+    _run_release(case, _scenario(case).tasks[:-1] or [flows.appended])
+
+
+def _run_release(case: str, tasks: list[Task]) -> None:
+    runner = FlowRunner()
+    runner.register_flow_template(FlowTemplate(case, tasks=tasks))
+    while runner.run_next() is not None:
+        pass
+
+
+def _scenario(case: str) -> Scenario:
+    return SCENARIOS[case.split(",", maxsplit=1)[0]]
+
+
+ACTORS: tuple[Callable[[str], None], ...] = (
+    recover,
+    recover_and_claim,
+    step,
+    cancel,
+    bulk_cancel,
+    reschedule,
+    bulk_reschedule,
+    complete_by_hand,
+    fork,
+    prune,
+    delete,
+    pause_template,
+    deploy_newer,
+    deploy_older,
+)
+
+
+@dataclass(slots=True)
+class Count:
+    """How many pairs there are, were tried, and how the processes took it."""
+
+    statements: Counter[str] = field(default_factory=Counter)
+    tried: Counter[str] = field(default_factory=Counter)
+    waited: int = 0
+    problems: list[str] = field(default_factory=list)
+
+
+def main(name: str, *, most: int | None, seed: int) -> int:
+    """Try each pair, or `most` of them, chosen by the seed; return the exit code."""
+    started, count = time.monotonic(), Count()
+    logging.getLogger("ebbs_and_flows").setLevel(logging.CRITICAL)
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder, "log")
+        os.environ[evidence.LOG] = str(log)
+        pairs = [
+            (scenario, number, actor)
+            for scenario in PAUSED
+            for number in range(1, _count(scenario, count) + 1)
+            for actor in ACTORS
+        ]
+        if most is not None and most < len(pairs):
+            pairs = random.Random(seed).sample(pairs, most)
+        cases = [f"{scenario}, {number}, {actor.__name__}" for scenario, number, actor in pairs]
+        for case, (_scenario_name, number, actor) in zip(cases, pairs, strict=True):
+            _try(case, number, actor, count)
+        _finish(cases, count)
+        ids = set(FlowExecution.objects.values_list("pk", flat=True))
+        gone = {line.flow for line in evidence.read_log(log)} - ids
+        verdict = evidence.Court(dict.fromkeys(ids, FINISHED), log, gone=gone).judge()
+        templates = dict(FlowExecution.objects.values_list("pk", "template_name"))
+    statements = ", ".join(f"{number} of {what}" for what, number in count.statements.items())
+    print(
+        f"{name}: all pairs, {count.tried.total()} of {count.statements.total() * len(ACTORS)}"
+        f" ({statements}; {len(ACTORS)} actors; seed {seed})"
+        f" in {time.monotonic() - started:.0f} s;"
+        f" in {count.waited} the actor waited for the worker"
+    )
+    print(f"  {verdict}")
+    for problem in [*count.problems, *(_named(item, templates) for item in verdict.problems)]:
+        print(f"    {problem}")
+    return int(bool(count.problems or verdict.problems))
+
+
+def _named(problem: str, templates: dict[int, str]) -> str:
+    """Return a problem with the case of the flow whose number is in it."""
+    words = problem.replace("#", "").replace(",", "").split()
+    numbers = [int(word) for word in words if word.isdigit()]
+    found = [templates[pk] for pk in numbers[:1] if pk in templates]
+    return f"{problem} [{', '.join(found)}]"
+
+
+def _register(case: str, scenario: Scenario) -> None:
+    flow_runner.register_flow_template(
+        FlowTemplate(case, tasks=scenario.tasks, max_running=scenario.max_running)
+    )
+
+
+def _count(name: str, count: Count) -> int:
+    case, scenario = f"{name}, not paused", SCENARIOS[name]
+    _register(case, scenario)
+    if scenario.dies is not None:
+        in_a_process(partial(scenario.dies, case))
+    count.statements[name] = len(count_statements(case, scenario))
+    return count.statements[name]
+
+
+def _try(case: str, number: int, actor: Callable[[str], None], count: Count) -> None:
+    scenario = _scenario(case)
+    _register(case, scenario)
+    if scenario.dies is not None:
+        in_a_process(partial(scenario.dies, case))
+    worker = start(partial(_work, case, scenario, number))
+    wait_for_its_stop(worker)
+    other = start(partial(_act, case, actor))
+    count.waited += not _ends_within(other, PATIENCE)
+    with suppress(ProcessLookupError):
+        os.kill(worker, signal.SIGCONT)
+    count.tried[actor.__name__] += 1
+    for who, pid in (("worker", worker), ("actor", other)):
+        if not _ends_within(pid, TOO_LONG):
+            count.problems.append(f"{case}: the {who} was stuck.")
+            os.kill(pid, signal.SIGKILL)
+        code = end(pid)
+        if code not in (0, -signal.SIGKILL):
+            count.problems.append(f"{case}: the {who} ended with {code}.")
+
+
+def _ends_within(pid: int, seconds: float) -> bool:
+    until = time.monotonic() + seconds
+    while not has_ended(pid):
+        if time.monotonic() >= until:
+            return False
+        time.sleep(0.002)
+    return True
+
+
+def _work(case: str, scenario: Scenario, number: int) -> None:
+    make_ready(case, scenario)
+    faults.Fault(connection, faults.pause, number, in_transactions=True)
+    scenario.act(case)
+
+
+def _act(case: str, actor: Callable[[str], None]) -> None:
+    try:
+        actor(case)
+    except (EbbsAndFlowsError, IndexError):
+        # It came too early or too late, and was told so.
+        pass
+    except DatabaseError:
+        # Two writers were in each other's way: this one is refused, and the user tries again.
+        if actor is not delete:
+            raise
+
+
+def _finish(cases: list[str], count: Count) -> None:
+    """Have sound workers of the newest release end all flows."""
+    # A fork of the task that kills its worker once does so once more.
+    while in_a_process(partial(_run_all, cases)) == -signal.SIGKILL:
+        pass
+    stored = dict(FlowExecution.objects.order_by("-pk").values_list("template_name", "status"))
+    for case in cases:
+        if case not in stored and not case.endswith(("prune", "delete")):
+            count.problems.append(f"{case}: the flow was lost.")
+    for case, status in stored.items():
+        if status not in FINISHED:
+            count.problems.append(f"{case}: the flow stays {status} (I1).")
+
+
+def _run_all(cases: list[str]) -> None:
+    newest = FlowRunner()
+    for case in cases:
+        expire(case)
+        newest.register_flow_template(
+            FlowTemplate(case, tasks=[*_scenario(case).tasks, flows.appended])
+        )
+        newest.resume_flow_template(case)
+    while newest.run_next() is not None:
+        pass
