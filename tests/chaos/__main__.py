@@ -1,8 +1,8 @@
 """`python -m tests.chaos`: sets flows on fire and says what is left.
 
 `short` is for every change: every statement, and a little of all the rest, on each database that
-answers. `long` is 10,000 flows with 1,000 faults on PostgreSQL. The other two are one fire on one
-database, the one that EBBS_TEST_DATABASE names.
+answers. `long` is all pairs, and 10,000 flows with 1,000 faults and as many acts of operators, on
+each database. The others are one kind of run on one database, which EBBS_TEST_DATABASE names.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import random
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
 
 from tests.on_every_database import PROBES
 
@@ -48,9 +47,9 @@ def at_random(database: str, options: argparse.Namespace) -> int:
     """Let things go wrong at random on one database."""
     os.environ["EBBS_TEST_LEASE_SECONDS"] = FAST_LEASE
     os.environ["EBBS_TEST_CLUSTER"] = f"ebbs-chaos-{os.getpid()}"
-    with private_server() if database == "postgresql" else nullcontext() as server:
-        if database == "postgresql" and server is None:
-            print("PostgreSQL is not killed here: no initdb, or nobody to run it as.")
+    with private_server(database) as server:
+        if database != "sqlite" and server is None:
+            print(f"The {database} server is not killed here: its programs are not installed.")
         from .database import made_database
 
         with made_database():
@@ -104,6 +103,21 @@ def short() -> int:
     return int(any(codes))
 
 
+def long(arguments: list[str]) -> int:
+    """Try all pairs, then thousands of flows with faults and operators, on each database."""
+    started, codes = time.monotonic(), []
+    databases = [
+        database
+        for database in PROBES
+        if database == "sqlite" or can_be_private(database) or database in answering()
+    ]
+    for fire in (["all-pairs"], ["at-random", *arguments]):
+        processes = [start(database, *fire) for database in databases]
+        codes += [process.wait() for process in processes]
+    print(f"The long run took {time.monotonic() - started:.0f} s on {', '.join(databases)}.")
+    return int(any(codes))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
     parser.add_argument(
@@ -119,10 +133,7 @@ def main() -> int:
     if options.fire == "short":
         return short()
     if options.fire == "long":
-        if not can_be_private() and "postgresql" not in answering():
-            print("There is no PostgreSQL to be tried: install it, or set PGHOST and PGPORT.")
-            return 2
-        return start("postgresql", *sys.argv[2:], "at-random").wait()
+        return long(sys.argv[2:])
     if options.fire == "every-statement":
         return every_statement(database)
     if options.fire == "all-pairs":

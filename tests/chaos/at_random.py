@@ -1,4 +1,4 @@
-"""Runs thousands of flows through real workers while things go wrong at random."""
+"""Runs thousands of flows through real workers and operators while things go wrong at random."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from ebbs_and_flows import FlowStatus, flow_runner
 from ebbs_and_flows.models import FlowExecution, TaskExecution
 
 from . import evidence
+from .operators import Operators
 from .server import Server
 
 T = TypeVar("T")
@@ -73,7 +74,7 @@ class Team:
         if self.skewed:
             environment |= {
                 "LD_PRELOAD": str(FAKETIME[-1]),
-                "FAKETIME": random.choice(("+120s", "-120s")),
+                "FAKETIME": random.choice(("+600s", "-600s")),
                 # What waits does so by this clock, and waits as long as it says.
                 "FAKETIME_DONT_FAKE_MONOTONIC": "1",
                 "PYTHONPATH": f"{ROOT}{os.pathsep}{Path(__file__).parent / 'skewed'}",
@@ -140,7 +141,9 @@ class Storm:
         self.lease = lease
         self.server = server
         self.done: Counter[str] = Counter()
-        self.expected: dict[int, tuple[FlowStatus, ...]] = {}
+        # The flows of this storm, without forks.
+        self.scheduled = 0
+        self.operators = Operators()
         # When which process was killed, on the monotonic clock.
         self.struck: dict[int, float] = {}
         self.stopped: set[int] = set()
@@ -188,18 +191,21 @@ class Storm:
                     self._wake(pid)
                 for team in self.teams:
                     team.end(signal.SIGTERM, 20)
-        return evidence.Court(self.expected, log).judge()
+        gone = self.operators.reconcile()
+        return evidence.Court(self.operators.expected, log, gone=gone).judge()
 
     def _weather(self) -> None:
-        struck, ended, quiet_since = 0, 0, time.monotonic()
-        next_look = 0.0
-        while ended < self.flows:
+        struck, acted, ended, quiet_since = 0, 0, 0, time.monotonic()
+        next_look, is_over = 0.0, False
+        while not is_over:
             self._replace_ended()
             if time.monotonic() >= next_look:
+                persistently(self.operators.resume)
                 over = persistently(self._count_ended)
-                if over > ended:
+                if over != ended:
                     ended, quiet_since = over, time.monotonic()
                 self._schedule(over)
+                is_over = self.scheduled == self.flows and persistently(self.operators.is_all_over)
                 next_look = time.monotonic() + 0.1
             if time.monotonic() - quiet_since > 90:
                 # What is left is for the court.
@@ -207,6 +213,10 @@ class Storm:
             self.tail.follow()
             if struck < self.faults and struck * self.flows <= ended * self.faults:
                 struck += self._strike()
+            # As many acts of operators as faults, spread over the same time.
+            if acted < self.faults and acted * self.flows <= ended * self.faults:
+                acted += 1
+                persistently(self.operators.act)
             if not self.deployed and ended * 2 > self.flows:
                 self.deploy()
             time.sleep(0.02)
@@ -216,8 +226,9 @@ class Storm:
         return FlowExecution.objects.filter(finished_at__isnull=False).count()
 
     def _schedule(self, ended: int) -> None:
-        wanted = min(self.flows, ended + BACKLOG) - len(self.expected)
-        first = len(self.expected)
+        # Forks and deleted flows make `ended` a rough figure, which is enough for a backlog.
+        wanted = min(self.flows - self.scheduled, max(0, ended + BACKLOG - self.scheduled))
+        first = self.scheduled
 
         def schedule() -> list[int]:
             with transaction.atomic():
@@ -228,7 +239,8 @@ class Storm:
 
         if wanted > BACKLOG / 4 or first + wanted == self.flows:
             for pk in persistently(schedule):
-                self.expected[pk] = (FlowStatus.SUCCEEDED,)
+                self.operators.expected[pk] = (FlowStatus.SUCCEEDED,)
+            self.scheduled += wanted
 
     def _strike(self) -> bool:
         kind = random.choices(list(self.kinds), list(self.kinds.values()))[0]
@@ -333,7 +345,7 @@ class Storm:
         return persistently(cut)
 
     def crash_server(self) -> bool:
-        """End PostgreSQL without a word, and start it again."""
+        """End the database server without a word, and start it again."""
         assert self.server is not None
         connection.close()
         since = time.monotonic()
@@ -412,8 +424,10 @@ def main(name: str, *, flows: int, faults: int, server: Server | None, seed: int
     print(f"{name}: at random, in {time.monotonic() - started:.0f} s, seed {seed}")
     kinds = ", ".join(f"{number} × {kind}" for kind, number in storm.done.most_common())
     skewed = any(team.skewed for team in storm.teams)
-    clock = "a clock two minutes off" if skewed else "no clock off (SQLite, or no libfaketime)"
+    clock = "a clock ten minutes off" if skewed else "no clock off (SQLite, or no libfaketime)"
+    acts = ", ".join(f"{number} × {act}" for act, number in storm.operators.done.most_common())
     print(f"  {storm.done.total()} faults: {kinds}; a deploy; {clock}")
+    print(f"  {storm.operators.done.total()} acts of operators: {acts}")
     for command, times in storm.ended.items():
         print(f"  {command} ended by itself and was started again, {times} times")
     print(f"  {verdict}")

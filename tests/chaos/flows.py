@@ -123,12 +123,21 @@ def order(context: ExecutionContext) -> ExecutionContext:
 
 @task
 @noted
+def doubtful(context: ExecutionContext) -> ExecutionContext:
+    """Fail now and then, and wait for an operator."""
+    if random.random() < 0.03:
+        raise ValueError("an operator must look at this")
+    return context.with_entries(doubtful=context.attempt)
+
+
+@task
+@noted
 def appended(context: ExecutionContext) -> ExecutionContext:
     """Come with a deploy, while flows are on their way."""
     return context.with_entries(appended=context.attempt)
 
 
-STORM = FlowTemplate("storm", tasks=[quick, moody, slow, stuck, order])
+STORM = FlowTemplate("storm", tasks=[quick, moody, doubtful, slow, stuck, order])
 if os.environ.get("EBBS_CHAOS_RELEASE") == "2":
     STORM.add_task(appended)
 flow_runner.register_flow_template(STORM)
