@@ -43,6 +43,28 @@ def all_pairs(database: str, options: argparse.Namespace) -> int:
         return all_pairs.main(database, most=options.pairs, seed=options.seed)
 
 
+def networks(database: str, options: argparse.Namespace) -> int:
+    """Break the link between a worker and one database server."""
+    os.environ["EBBS_TEST_LEASE_SECONDS"] = FAST_LEASE
+    if database == "sqlite":
+        print("sqlite: networks SKIPPED, as a file has none.")
+        return 0
+    from . import links
+
+    if not links.can_be_made() or not can_be_private(database):
+        print(
+            f"{database}: networks SKIPPED, as they need root, iproute2 and the server's programs."
+        )
+        return 0
+    with links.link(), private_server(database, [links.HERE]):
+        from .database import made_database
+
+        with made_database():
+            from . import networks
+
+            return networks.main(database, most=options.pairs, seed=options.seed)
+
+
 def at_random(database: str, options: argparse.Namespace) -> int:
     """Let things go wrong at random on one database."""
     os.environ["EBBS_TEST_LEASE_SECONDS"] = FAST_LEASE
@@ -111,7 +133,7 @@ def long(arguments: list[str]) -> int:
         for database in PROBES
         if database == "sqlite" or can_be_private(database) or database in answering()
     ]
-    for fire in (["all-pairs"], ["at-random", *arguments]):
+    for fire in (["all-pairs"], ["networks"], ["at-random", *arguments]):
         processes = [start(database, *fire) for database in databases]
         codes += [process.wait() for process in processes]
     print(f"The long run took {time.monotonic() - started:.0f} s on {', '.join(databases)}.")
@@ -121,11 +143,11 @@ def long(arguments: list[str]) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
     parser.add_argument(
-        "fire", choices=["short", "long", "every-statement", "all-pairs", "at-random"]
+        "fire", choices=["short", "long", "every-statement", "all-pairs", "networks", "at-random"]
     )
     parser.add_argument("--flows", type=int, default=10_000)
     parser.add_argument("--faults", type=int, default=1_000)
-    parser.add_argument("--pairs", type=int, help="how many pairs, by default all")
+    parser.add_argument("--pairs", type=int, help="how many cases, by default all")
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
     options = parser.parse_args()
     os.environ["DJANGO_SETTINGS_MODULE"] = "tests.chaos.settings"
@@ -136,6 +158,8 @@ def main() -> int:
         return long(sys.argv[2:])
     if options.fire == "every-statement":
         return every_statement(database)
+    if options.fire == "networks":
+        return networks(database, options)
     if options.fire == "all-pairs":
         return all_pairs(database, options)
     return at_random(database, options)

@@ -9,12 +9,16 @@ import sqlite3
 from collections.abc import Callable
 from typing import Any
 
+from django.db import InterfaceError, OperationalError
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 try:
     from pymysql.constants import SERVER_STATUS
 except ImportError:
     SERVER_STATUS = None
+
+DATABASE_AWAY = (OperationalError, InterfaceError)
+"""What Django raises when the database does not answer."""
 
 DIED = 99
 """The exit code of a process that the fault has ended."""

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
@@ -52,13 +52,18 @@ def _free_port() -> int:
     return port
 
 
+def _and_others(addresses: Sequence[str]) -> str:
+    return "".join(f",{address}" for address in addresses)
+
+
 class PostgreSQL:
     """A PostgreSQL cluster."""
 
     user, program = "postgres", "initdb"
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, others: Sequence[str] = ()) -> None:
         self.folder = folder
+        self.others = others
         self.data = str(folder / "data")
         self.port = _free_port()
 
@@ -75,9 +80,11 @@ class PostgreSQL:
         self._run("initdb", "--pgdata", self.data, "--auth", "trust", "--username", "postgres")
         with Path(self.data, "postgresql.conf").open("a") as conf:
             conf.write(
-                f"port = {self.port}\nlisten_addresses = '127.0.0.1'\n"
+                f"port = {self.port}\nlisten_addresses = '127.0.0.1{_and_others(self.others)}'\n"
                 f"unix_socket_directories = ''\n"
             )
+        with Path(self.data, "pg_hba.conf").open("a") as rules:
+            rules.writelines(f"host all all {other}/30 trust\n" for other in self.others)
 
     def start(self) -> None:
         log = str(self.folder / "log")
@@ -95,8 +102,9 @@ class MariaDB:
 
     user, program = "mysql", "mariadb-install-db"
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, others: Sequence[str] = ()) -> None:
         self.folder = folder
+        self.others = others
         self.port = _free_port()
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -123,7 +131,7 @@ class MariaDB:
             f"--socket={self.folder / 'socket'}",
             f"--pid-file={self.folder / 'pid'}",
             f"--port={self.port}",
-            "--bind-address=127.0.0.1",
+            f"--bind-address=127.0.0.1{_and_others(self.others)}",
         ]
         with (self.folder / "log").open("ab") as log:
             self._process = subprocess.Popen(
@@ -167,8 +175,11 @@ def can_be_private(database: str) -> bool:
 
 
 @contextmanager
-def private_server(database: str) -> Iterator[Server | None]:
-    """Make one and start it, with the tests' settings looking there; None where it cannot be."""
+def private_server(database: str, others: Sequence[str] = ()) -> Iterator[Server | None]:
+    """Make one and start it, with the tests' settings looking there; None where it cannot be.
+
+    It listens on 127.0.0.1 and on the `others`.
+    """
     if not can_be_private(database):
         yield None
         return
@@ -176,7 +187,7 @@ def private_server(database: str) -> Iterator[Server | None]:
     with tempfile.TemporaryDirectory(prefix="chaos-") as name:
         if os.geteuid() == 0:
             shutil.chown(name, kind.user, kind.user)
-        server = kind(Path(name))
+        server = kind(Path(name), others)
         server.make()
         server.start()
         os.environ.update(server.settings())
