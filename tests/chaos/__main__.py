@@ -133,7 +133,7 @@ def long(arguments: list[str]) -> int:
         for database in PROBES
         if database == "sqlite" or can_be_private(database) or database in answering()
     ]
-    for fire in (["all-pairs"], ["networks"], ["at-random", *arguments]):
+    for fire in (["all-pairs"], ["networks", "--pairs", "200"], ["at-random", *arguments]):
         processes = [start(database, *fire) for database in databases]
         codes += [process.wait() for process in processes]
     print(f"The long run took {time.monotonic() - started:.0f} s on {', '.join(databases)}.")

@@ -11,8 +11,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 SPACE = f"ebbs{os.getpid()}"
-HERE, THERE = "10.213.7.1", "10.213.7.2"
-"""The addresses of the two ends of the link."""
+_NET = f"10.{200 + os.getpid() // 256 % 50}.{os.getpid() % 256}"
+HERE, THERE = f"{_NET}.1", f"{_NET}.2"
+"""The addresses of the two ends of the link; another run has others."""
 _CLONE_NEWNET = 0x40000000
 
 

@@ -82,6 +82,8 @@ class PostgreSQL:
             conf.write(
                 f"port = {self.port}\nlisten_addresses = '127.0.0.1{_and_others(self.others)}'\n"
                 f"unix_socket_directories = ''\n"
+                # As careful administrators have them.
+                f"lock_timeout = 500ms\nstatement_timeout = 5s\n"
             )
         with Path(self.data, "pg_hba.conf").open("a") as rules:
             rules.writelines(f"host all all {other}/30 trust\n" for other in self.others)
@@ -131,6 +133,10 @@ class MariaDB:
             f"--socket={self.folder / 'socket'}",
             f"--pid-file={self.folder / 'pid'}",
             f"--port={self.port}",
+            # As careful administrators have it.
+            "--innodb-lock-wait-timeout=1",
+            # Only this run reaches it, and a worker has another address.
+            "--skip-grant-tables",
             f"--bind-address=127.0.0.1{_and_others(self.others)}",
         ]
         with (self.folder / "log").open("ab") as log:
