@@ -31,6 +31,8 @@ from .timeouts import Limit, Overdue, interrupt_after
 from .transactions import end_left_open, state_of_transactions
 from .validation import storable_text
 
+logger = logging.getLogger("ebbs_and_flows")
+
 
 class BodyFailed(Exception):
     """What a task's own code raised, told apart from what the records' writing raises."""
@@ -77,23 +79,49 @@ class AttemptInProgress:
         self._asked_at = 0.0
 
     def is_cancel_requested(self) -> bool:
-        """Ask the database, at most once a second."""
+        """Whether the task should stop, as the flow is to be cancelled or the claim is lost.
+
+        The database is asked at most once a second. While it does not answer, the last answer
+        holds: a question fails no task.
+        """
+        if self._watched is not None and self._watched.lost is not None:
+            return True
         if not self._is_cancelled and time.monotonic() >= self._asked_at + 1:
             self._asked_at = time.monotonic()
-            try:
-                asyncio.get_running_loop()
-            except RuntimeError:
-                self._ask()
-            else:
-                # Django allows no query in the thread of an event loop.
+            if self._needs_another_connection():
                 thread = threading.Thread(target=self._ask_and_close)
                 thread.start()
                 thread.join()
+            else:
+                self._ask()
         return self._is_cancelled
 
+    def _needs_another_connection(self) -> bool:
+        """Whether this thread's own connection cannot be asked."""
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            # A question that fails would abort the transaction of an atomic task. In a test's
+            # transaction, another connection would not see the flow.
+            is_atomic = self._service.repository.connection.in_atomic_block
+            return is_atomic and self._watched is not None
+        # Django allows no query in the thread of an event loop.
+        return True
+
     def _ask(self) -> None:
-        flow = self._service.repository.flows.filter(pk=self._run.flow.pk, cancel_requested=True)
-        self._is_cancelled = flow.exists()
+        repository = self._service.repository
+        try:
+            flow = repository.flows.filter(pk=self._run.flow.pk, cancel_requested=True)
+            self._is_cancelled = flow.exists()
+        except Exception:
+            logger.warning(
+                "The database does not tell whether flow %s is to be cancelled; it is asked again"
+                " later.",
+                self._run.flow.pk,
+                exc_info=True,
+                extra={"flow": self._run.flow.pk, "template": self._run.flow.template_name},
+            )
+            repository.close_if_lost()
 
     def _ask_and_close(self) -> None:
         try:

@@ -15,29 +15,47 @@ from queue import Empty, SimpleQueue
 
 from django.db import connections
 
+from . import telemetry
 from .conf import get_settings
-from .repository import ClaimedRun, FlowRepository
+from .exceptions import ClaimLost
+from .repository import ClaimedRun
+from .steps import StepService
 
 logger = logging.getLogger("ebbs_and_flows")
 
 PROGRESS_SECONDS = 1.0
 """How often the progress of one attempt is written at most, in seconds."""
+_BEAT_AGAIN_SECONDS = 1.0
+"""After which a beat that failed is repeated, in seconds; sooner with a short lease."""
+
+
+def report_claim_lost(run: ClaimedRun, lost: ClaimLost) -> None:
+    """Log and count that a run's claim is lost."""
+    telemetry.claim_lost(run.flow)
+    logger.warning(
+        "ClaimLost: %s",
+        lost,
+        extra={"flow": run.flow.pk, "template": run.flow.template_name, "task": run.task_name},
+    )
 
 
 class WatchedRun:
-    """A run that is under way, and what its attempt says of itself."""
+    """A run that is under way, what its attempt reports, and whether its claim still holds."""
 
-    def __init__(self, repository: FlowRepository, run: ClaimedRun, lease: timedelta) -> None:
-        self.repository = repository
+    def __init__(self, service: StepService, run: ClaimedRun, lease: timedelta) -> None:
+        self.service = service
         self.run = run
-        self.lease = lease
+        self.lost: ClaimLost | None = None
+        self._lease = lease.total_seconds()
         self._seen = run.task_execution_id
-        self._renewed_at = time.monotonic()
+        self._renewed_at = self._renew_at = time.monotonic()
+        self._renew_at += self._lease / 3
+        self._is_failing = False
         self._progress: tuple[int, str] | None = None
         self._progress_at = 0.0
 
     def report(self, done: float, total: float | None, message: str) -> None:
-        """Take in what the attempt says; the thread writes it."""
+        """Take in how far the attempt is; the thread writes it."""
         task_execution_id = self.run.task_execution_id
         said = {
             "task_execution": task_execution_id,
@@ -55,21 +73,42 @@ class WatchedRun:
     @property
     def next_beat(self) -> float:
         """When something is to be written at the latest, on the monotonic clock."""
-        third = self._renewed_at + self.lease.total_seconds() / 3
-        return min(third, self._progress_at + PROGRESS_SECONDS) if self.has_news else third
+        if self.lost is not None:
+            return math.inf
+        if self.has_news:
+            return min(self._renew_at, self._progress_at + PROGRESS_SECONDS)
+        return self._renew_at
 
     def beat(self) -> None:
-        """Write what is due."""
-        self._renewed_at = now = time.monotonic()
+        """Write what is due; raises `ClaimLost`, and what the database raises."""
+        now = time.monotonic()
+        # The worker may go on to the next task meanwhile.
+        attempt = self.run.task_execution_id
         progress, self._progress = self._progress, None
-        run = self.run
-        if progress is not None and progress[0] == run.task_execution_id:
+        if progress is not None and progress[0] == attempt:
             self._progress_at = now
-            self.repository.report_progress(run, progress[1], self.lease)
-        elif run.task_execution_id == self._seen:
+            self.service.renew_lease(self.run, attempt, progress[1])
+        elif attempt == self._seen:
             # The same task as at the last beat; the steps themselves renew the lease.
-            self.repository.renew(run.flow.pk, run.claim, self.lease)
-        self._seen = run.task_execution_id
+            self.service.renew_lease(self.run, attempt)
+        self._seen = attempt
+        self._renewed_at, self._renew_at = now, now + self._lease / 3
+        self._is_failing = False
+
+    def put_off(self) -> float | None:
+        """Have a beat that failed repeated soon.
+
+        Returns the seconds that are left of the lease; None if the beat before failed too.
+        """
+        now = time.monotonic()
+        was_failing, self._is_failing = self._is_failing, True
+        self._renew_at = self._progress_at = now + min(_BEAT_AGAIN_SECONDS, self._lease / 6)
+        return None if was_failing else max(0.0, self._renewed_at + self._lease - now)
+
+    def lose(self, lost: ClaimLost) -> None:
+        """Take in that the claim is lost: the task can learn it, and nothing more is written."""
+        self.lost = lost
+        report_claim_lost(self.run, lost)
 
 
 class Heartbeat:
@@ -91,10 +130,10 @@ class Heartbeat:
         self._wakes_at = 0.0
 
     @contextmanager
-    def watch(self, repository: FlowRepository, run: ClaimedRun) -> Iterator[WatchedRun]:
+    def watch(self, service: StepService, run: ClaimedRun) -> Iterator[WatchedRun]:
         """Renew the run's lease within the block, three times a lease."""
         lease = timedelta(seconds=get_settings().LEASE_SECONDS)
-        watched = WatchedRun(repository, run, lease)
+        watched = WatchedRun(service, run, lease)
         try:
             self._runs[watched] = None
             if not self._is_beating:
@@ -123,7 +162,8 @@ class Heartbeat:
             # Whoever comes while it is found out wakes the thread in any case.
             self._wakes_at = math.inf
             runs = list(self._runs)
-            self._wakes_at = min((run.next_beat for run in runs), default=now + 60)
+            self._wakes_at = min((run.next_beat for run in runs), default=math.inf)
+            self._wakes_at = min(self._wakes_at, now + 60)
             if self._wakes_at > now:
                 with suppress(Empty):
                     wakes.get(timeout=self._wakes_at - now)
@@ -136,17 +176,21 @@ class Heartbeat:
     def _beat_one(watched: WatchedRun) -> None:
         try:
             watched.beat()
+        except ClaimLost as lost:
+            watched.lose(lost)
         except Exception:
-            # Whatever it was, the other runs are to be watched, and the next beat tries again.
-            logger.warning(
-                "The lease of flow %s could not be renewed.",
-                watched.run.flow.pk,
-                exc_info=True,
-                extra={
-                    "flow": watched.run.flow.pk,
-                    "template": watched.run.flow.template_name,
-                },
-            )
+            # Of any kind: the other runs are to be watched, and the next beat tries again.
+            left = watched.put_off()
+            if left is not None:
+                flow = watched.run.flow
+                logger.warning(
+                    "The lease of flow %s could not be renewed, and expires in %.0f s: is there a"
+                    " database connection to spare for the heartbeat? It tries again.",
+                    flow.pk,
+                    left,
+                    exc_info=True,
+                    extra={"flow": flow.pk, "template": flow.template_name},
+                )
         finally:
             # The thread's own, and rarely needed.
             with suppress(Exception):

@@ -433,7 +433,11 @@ class FlowRunner:
             run, due = found
             if run is not None:
                 self._run(run, Worker(self.service, stop=stop, on_task=on_task))
-                return run.ended or self.service.get_flow_execution(run.flow)
+                ended = run.ended or repository.find(run.flow.pk)
+                if ended is not None:
+                    return ended
+                # It was deleted while it ran.
+                continue
             if not due:
                 return None
             if due.comes_first and not at_once:

@@ -361,6 +361,36 @@ class StepService:
         announce_task(self.repository.using, run.task_execution_id, error)
         return False
 
+    def renew_lease(
+        self, run: ClaimedRun, task_execution_id: int, progress: str | None = None
+    ) -> None:
+        """Renew the lease of a run that makes that attempt; store what the attempt reports.
+
+        Raises `ClaimLost`, but not where the run has ended, or has gone on to its next task.
+        """
+        if progress is None:
+            renewed = self.repository.renew(run.flow.pk, run.claim, self._lease)
+        else:
+            renewed = self.repository.report_progress(run, progress, self._lease)
+        if renewed:
+            return
+        attempt = self.repository.attempts.filter(pk=task_execution_id).first()
+        if attempt is None or attempt.status == TaskStatus.RUNNING or _is_interrupted(attempt):
+            self._recorded(run, task_execution_id)
+
+    def _recorded(self, run: ClaimedRun, task_execution_id: int) -> TaskExecution:
+        """Return a run's attempt as it is stored; raises `ClaimLost` if the claim is lost."""
+        flow = self.repository.find(run.flow.pk)
+        attempt = self.repository.attempts.filter(pk=task_execution_id).first()
+        if flow is None:
+            raise self._claim_lost(run, "was deleted while it ran")
+        if attempt is None or flow.claim != run.claim or _is_interrupted(attempt):
+            raise self._claim_lost(run)
+        is_held = flow.status == FlowStatus.RUNNING and flow.lease_expires_at is not None
+        if attempt.status == TaskStatus.RUNNING and not is_held:
+            raise self._claim_lost(run)
+        return attempt
+
     def settle(self, run: ClaimedRun) -> bool | None:
         """Ask the database whether the run's attempt is recorded as ended.
 
@@ -368,16 +398,8 @@ class StepService:
         worker goes on with the flow, its next attempt taken over from the record. Raises
         `ClaimLost`.
         """
-        flow = self.repository.find(run.flow.pk)
-        attempt = self.repository.attempts.filter(pk=run.task_execution_id).first()
-        if flow is None or attempt is None or flow.claim != run.claim:
-            raise self._claim_lost(run)
-        if attempt.status == TaskStatus.RUNNING:
-            if flow.status != FlowStatus.RUNNING or flow.lease_expires_at is None:
-                raise self._claim_lost(run)
+        if self._recorded(run, run.task_execution_id).status == TaskStatus.RUNNING:
             return None
-        if attempt.error_type == "TaskInterrupted":
-            raise self._claim_lost(run)
         self._announce_since_claim(run)
         following = self.repository.attempts.filter(
             flow_execution=run.flow.pk, claim=run.claim, status=TaskStatus.RUNNING
@@ -394,11 +416,9 @@ class StepService:
         self._announce(run.flow, self.repository.transitions_since_claim(run.flow.pk))
 
     @staticmethod
-    def _claim_lost(run: ClaimedRun) -> ClaimLost:
-        return ClaimLost(
-            f"Flow {run.flow.pk} is no longer held under claim {run.claim}: this worker stops and"
-            f" writes nothing more."
-        )
+    def _claim_lost(run: ClaimedRun, why: str = "") -> ClaimLost:
+        why = why or f"is no longer held under claim {run.claim}"
+        return ClaimLost(f"Flow {run.flow.pk} {why}: this worker writes nothing more to it.")
 
     def _cancel(self, run: ClaimedRun, **values: object) -> None:
         """End a flow that is to be cancelled at a task boundary; raises `ClaimLost`."""
@@ -520,6 +540,11 @@ class StepService:
             lost = attempts.order_by("pk").last()
             if lost is not None:
                 telemetry.attempt_lost(self.repository.using, flow, lost)
+
+
+def _is_interrupted(attempt: TaskExecution) -> bool:
+    """Whether the attempt was ended by whoever took the flow back."""
+    return bool(attempt.error_type == "TaskInterrupted")
 
 
 def _lost(flow: FlowExecution, seen: datetime | None) -> str:

@@ -67,6 +67,9 @@ class Instruments:
         self.flows = meter.create_counter(
             f"{NAME}.flows.finished", "{flow}", "Flows that succeeded, failed or were cancelled."
         )
+        self.lost_claims = meter.create_counter(
+            f"{NAME}.claims.lost", "{claim}", "Claims that were lost while their worker lived."
+        )
 
 
 if is_installed:
@@ -193,6 +196,12 @@ def _flow_finished(flow: FlowExecution, status: str) -> None:
     if status == FlowStatus.FAILED:
         span.set_status(Status(StatusCode.ERROR))
     span.end()
+
+
+@_harmless
+def claim_lost(flow: FlowExecution) -> None:
+    """Count a claim that was lost while its worker lived."""
+    _instruments.lost_claims.add(1, {f"{NAME}.flow.template": flow.template_name})
 
 
 # Its attempts

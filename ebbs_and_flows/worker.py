@@ -23,7 +23,7 @@ from .exceptions import (
     RetryLater,
 )
 from .flows import FlowTemplate, Task
-from .heartbeat import heartbeat
+from .heartbeat import WatchedRun, heartbeat, report_claim_lost
 from .outputs import describe, error_name
 from .repository import ClaimedRun, is_contention
 from .service import FlowService
@@ -65,7 +65,8 @@ class Worker:
         """Run a claimed flow to its end, or until `stop()` is true at a task boundary."""
         # In a test's transaction another connection would see neither the flow nor a free row.
         inside = self._repository.connection.in_atomic_block
-        watch = nullcontext(None) if inside else heartbeat.watch(self._repository, run)
+        watch = nullcontext(None) if inside else heartbeat.watch(self._service, run)
+        watched: WatchedRun | None = None
         try:
             if not self._service.begin(run, template):
                 return
@@ -74,9 +75,15 @@ class Worker:
                 while self._run_task(run, template, attempt):
                     pass
         except ClaimLost as lost:
-            logger.warning(
-                "ClaimLost: %s", lost, extra={"flow": run.flow.pk, "template": template.name}
-            )
+            if watched is None or watched.lost is None:
+                report_claim_lost(run, lost)
+            else:
+                logger.info(
+                    "The task in progress of flow %s has ended, and what it returned is thrown"
+                    " away, as its claim was lost.",
+                    run.flow.pk,
+                    extra={"flow": run.flow.pk, "template": template.name},
+                )
         except (KeyboardInterrupt, GeneratorExit):
             self._interrupt(run)
             raise
@@ -109,7 +116,7 @@ class Worker:
                     log = outcome.log
                 # Asked once: the same answer for each try to store it.
                 hand_back = self._stop()
-                goes_on = self._patiently(
+                goes_on = self.retry_on_outage(
                     run,
                     lambda: self._succeed(run, outcome, next_task, hand_back=hand_back),
                     lambda: self._service.settle(run),
@@ -142,7 +149,7 @@ class Worker:
         try:
             with ExitStack() as step:
                 # Nothing is done yet, so that a writer in the way costs the task nothing.
-                self._patiently(run, lambda: step.enter_context(self._repository.step()))
+                self.retry_on_outage(run, lambda: step.enter_context(self._repository.step()))
                 raw = self._repository.connection.connection
                 outcome = run_body(task, run, attempt, ends_at)
                 log = outcome.log
@@ -211,7 +218,7 @@ class Worker:
             return self._service.settle(run)
 
         extra = {"flow": run.flow.pk, "template": run.flow.template_name, "task": name}
-        goes_on = self._patiently(run, write, ask)
+        goes_on = self.retry_on_outage(run, write, ask)
         if failed.at_commit and self._has_succeeded(run, before.task_execution_id):
             logger.warning(
                 "Task %s of flow %s has succeeded; what came after its commit has not: %s",
@@ -241,17 +248,17 @@ class Worker:
 
     def _has_succeeded(self, run: ClaimedRun, task_execution_id: int) -> bool:
         attempts = self._repository.attempts.filter(pk=task_execution_id)
-        return self._patiently(run, attempts.filter(status=TaskStatus.SUCCEEDED).exists)
+        return self.retry_on_outage(run, attempts.filter(status=TaskStatus.SUCCEEDED).exists)
 
     def _deadline(self, run: ClaimedRun) -> float | None:
         """Return the flow's deadline on the monotonic clock; None where there is none."""
         deadline = run.flow.deadline_at
         if deadline is None:
             return None
-        now = self._patiently(run, self._repository.now)
+        now = self.retry_on_outage(run, self._repository.now)
         return time.monotonic() + (deadline - now).total_seconds()
 
-    def _patiently(
+    def retry_on_outage(
         self,
         run: ClaimedRun,
         action: Callable[[], T],

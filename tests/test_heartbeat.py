@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import threading
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -18,6 +20,7 @@ from ebbs_and_flows import ExecutionContext, FlowRunner, FlowStatus, FlowTemplat
 from ebbs_and_flows.heartbeat import Heartbeat, WatchedRun
 from ebbs_and_flows.models import FlowExecution
 from ebbs_and_flows.repository import FlowRepository
+from ebbs_and_flows.service import FlowService
 
 from .databases import connection
 
@@ -61,7 +64,7 @@ def test_many_runs_that_begin_at_once_share_one_thread_and_none_is_forgotten(
 
         def watch(heart: Heartbeat = heart, go: Any = go, barrier: Any = barrier) -> None:
             barrier.wait(10)
-            with heart.watch(FlowRepository(), Run()):  # type: ignore[arg-type]
+            with heart.watch(FlowService(), Run()):  # type: ignore[arg-type]
                 barrier.wait(10)
                 go.wait(10)
 
@@ -235,3 +238,201 @@ def test_a_task_learns_that_its_flow_is_to_be_cancelled(
     assert ended.status == FlowStatus.CANCELLED
     assert ended.execution_context["said"] == [False, True]
     assert connection.is_usable()
+
+
+# A claim that is lost
+
+
+def elsewhere(action: Callable[[], Any]) -> None:
+    """Do it over another connection, as another process would."""
+
+    def act() -> None:
+        try:
+            action()
+        finally:
+            connections.close_all()
+
+    thread = threading.Thread(target=act)
+    thread.start()
+    thread.join()
+
+
+def take_back(runner: FlowRunner, flow: FlowExecution) -> None:
+    """Let the lease expire and have another worker take the flow back."""
+    past = runner.service.repository.now() - timedelta(seconds=1)
+    FlowExecution.objects.filter(pk=flow.pk).update(lease_expires_at=past)
+    assert runner.service.recover_expired() == 1
+
+
+def lost_claims(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [text for text in caplog.messages if text.startswith("ClaimLost: ")]
+
+
+@pytest.mark.parametrize("is_reporting", [False, True], ids=["silent", "reports progress"])
+def test_i6_a_task_learns_that_its_worker_has_lost_the_claim(
+    runner: FlowRunner, settings: Any, caplog: pytest.LogCaptureFixture, is_reporting: bool
+) -> None:
+    settings.EBBS_AND_FLOWS = {"LEASE_SECONDS": 2}
+    seen: list[Any] = []
+
+    def work_on(context: ExecutionContext) -> ExecutionContext:
+        before = context.cancel_requested
+        elsewhere(lambda: take_back(runner, flow))
+
+        def is_told() -> bool:
+            if is_reporting:
+                context.progress(1)
+            return context.cancel_requested
+
+        seen.extend([before, eventually(is_told), lost_claims(caplog)])
+        return context.with_entries(written="too late")
+
+    flow = schedule(runner, work_on)
+    caplog.set_level(logging.INFO, logger="ebbs_and_flows")
+    runner.run_flow()
+    before, after, logged = seen
+    assert (before, after) == (False, True)
+    # Once, and while the task was still running.
+    assert logged == lost_claims(caplog)
+    assert len(logged) == 1
+    assert f"Flow {flow.pk} is no longer held under claim 1" in logged[0]
+    assert "what it returned is thrown away" in caplog.text
+    flow.refresh_from_db()
+    assert (flow.status, dict(flow.execution_context)) == (FlowStatus.RESCHEDULED, {})
+
+
+@pytest.mark.parametrize("is_atomic", [False, True])
+def test_a_flow_that_is_deleted_while_it_runs_ends_that_run_and_no_more(
+    runner: FlowRunner, settings: Any, caplog: pytest.LogCaptureFixture, is_atomic: bool
+) -> None:
+    settings.EBBS_AND_FLOWS = {"LEASE_SECONDS": 2}
+    told: list[bool] = []
+
+    def delete(context: ExecutionContext) -> ExecutionContext:
+        if is_atomic:
+            # Over another connection the deletion would wait for this transaction on SQLite.
+            FlowExecution.objects.get(pk=flow.pk).delete()
+        else:
+            elsewhere(lambda: FlowExecution.objects.get(pk=flow.pk).delete())
+            told.append(eventually(lambda: context.cancel_requested))
+        return context
+
+    flow = schedule(runner, delete)
+    runner.register_flow_template(FlowTemplate("next", tasks=[task(name="n")(lambda c: c)]))
+    following = runner.schedule_flow("next", priority=-1)
+    ran = runner.run_next()
+    assert told == ([] if is_atomic else [True])
+    (logged,) = lost_claims(caplog)
+    assert f"Flow {flow.pk} was deleted while it ran" in logged
+    # The worker goes on with the next flow.
+    assert ran is not None
+    assert (ran.pk, ran.status) == (following.pk, FlowStatus.SUCCEEDED)
+
+
+def test_the_end_of_a_run_is_not_mistaken_for_a_lost_claim(runner: FlowRunner) -> None:
+    service = runner.service
+    template = FlowTemplate("short", tasks=[task(name="s")(lambda c: c)])
+    runner.register_flow_template(template)
+    flow = runner.schedule_flow("short")
+    run = service.claim_flow(flow, template, "a worker")
+    assert run is not None
+    attempt = run.task_execution_id
+    assert service.succeed_step(run, {}, None) is False
+    # The heartbeat comes when the step has just ended the flow.
+    service.renew_lease(run, attempt)
+
+
+# What a task asks the database never fails it
+
+
+def end_connections() -> None:
+    """Have the server end this process's other connections to the tests' database."""
+    if connection.vendor == "postgresql":
+        sql = (
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+            " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        )
+        with connection.cursor() as cursor:
+            cursor.execute(sql)
+    elif connection.vendor == "mysql":
+        with connection.cursor() as cursor:
+            cursor.execute(
+                "SELECT id FROM information_schema.processlist"
+                " WHERE db = DATABASE() AND id <> CONNECTION_ID()"
+            )
+            for (number,) in cursor.fetchall():
+                cursor.execute(f"KILL {number}")
+
+
+@pytest.mark.skipif("connection.vendor == 'sqlite'", reason="SQLite has no connection to lose")
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_task_that_asks_whether_it_is_cancelled_survives_a_lost_connection(
+    runner: FlowRunner, is_async: bool
+) -> None:
+    def look(context: ExecutionContext) -> ExecutionContext:
+        answers = [context.cancel_requested]
+        for _ in range(2):
+            elsewhere(end_connections)
+            time.sleep(1.05)
+            answers.append(context.cancel_requested)
+        elsewhere(lambda: runner.cancel_flow_execution(flow))
+        return context.with_entries(
+            answers=answers, told=eventually(lambda: context.cancel_requested)
+        )
+
+    async def alook(context: ExecutionContext) -> ExecutionContext:
+        return look(context)
+
+    flow = schedule(runner, alook if is_async else look)
+    ended = runner.run_flow()
+    assert ended is not None
+    assert [row.error_type for row in ended.task_executions.all()] == [""]
+    assert dict(ended.execution_context) == {"answers": [False] * 3, "told": True}
+
+
+def test_a_question_that_the_database_refuses_keeps_the_last_answer(
+    runner: FlowRunner, caplog: pytest.LogCaptureFixture
+) -> None:
+    refused: list[str] = []
+
+    def refuse(execute: Any, sql: str, parameters: Any, many: bool, context: Any) -> Any:
+        if "cancel_requested" in sql and len(refused) < 1:
+            refused.append(sql)
+            raise OperationalError("the database system is shutting down")
+        return execute(sql, parameters, many, context)
+
+    def look(context: ExecutionContext) -> ExecutionContext:
+        with connection.execute_wrapper(refuse):
+            first = context.cancel_requested
+            elsewhere(lambda: runner.cancel_flow_execution(flow))
+            return context.with_entries(
+                first=first, then=eventually(lambda: context.cancel_requested)
+            )
+
+    flow = schedule(runner, look)
+    ended = runner.run_flow()
+    assert ended is not None
+    assert len(refused) == 1
+    assert dict(ended.execution_context) == {"first": False, "then": True}
+    assert "whether flow" in caplog.text
+
+
+@pytest.mark.skipif("connection.vendor != 'postgresql'", reason="an error aborts a transaction")
+@pytest.mark.parametrize("is_atomic", [False, True])
+def test_a_question_that_is_refused_does_not_abort_the_transaction_of_an_atomic_task(
+    runner: FlowRunner, is_atomic: bool
+) -> None:
+    def look(context: ExecutionContext) -> ExecutionContext:
+        with connection.cursor() as cursor:
+            # A role that may not read the flows.
+            cursor.execute("SET ROLE pg_monitor")
+            answer = context.cancel_requested
+            cursor.execute("RESET ROLE")
+        return context.with_entries(answer=answer)
+
+    asks = task(name="long", atomic=is_atomic)(look)
+    runner.register_flow_template(FlowTemplate("long", tasks=[asks]))
+    runner.schedule_flow("long")
+    ended = runner.run_flow()
+    assert ended is not None
+    assert (ended.status, dict(ended.execution_context)) == ("SUCCEEDED", {"answer": False})

@@ -439,7 +439,8 @@ def test_a_worker_that_lost_its_claim_does_not_say_how_the_attempt_ended(
     span = exported.one("run overtaken")
     assert attribute(span, "task.status") is None
     assert (span.attributes or {})["error.type"] == "ClaimLost"
-    assert points(reader) == {}
+    assert counted(reader, "ebbs_and_flows.claims.lost") == {("billing",): 1}
+    assert points(reader).keys() == {"ebbs_and_flows.claims.lost"}
 
 
 def test_a_flow_is_told_to_be_cancelled_by_whatever_cancels_it(

@@ -253,6 +253,16 @@ class Database:
             now: datetime = cursor.fetchone()[0]
         return now.replace(tzinfo=UTC) if now.tzinfo is None else now
 
+    def close_if_lost(self) -> None:
+        """Close this thread's connection if it does not answer, for the next query to open one."""
+        connection = self.connection
+        if (
+            connection.connection is not None
+            and not connection.in_atomic_block
+            and not connection.is_usable()
+        ):
+            connection.close()
+
     @staticmethod
     def drop_broken_connections() -> None:
         """Close those that failed before, tasks' own too, so that the next query opens another."""
