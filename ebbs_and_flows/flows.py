@@ -6,7 +6,7 @@ import inspect
 import random
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, overload
+from typing import Any, ClassVar, Final, overload
 
 from django.db.models import QuerySet
 from django.forms.fields import Field, JSONString
@@ -14,15 +14,19 @@ from django.forms.forms import BaseForm
 from django.forms.widgets import MultiWidget
 
 from .context import ExecutionContext, is_number
+from .error_chain import single_errors
 from .exceptions import (
     MAX_DELAY_SECONDS,
     InvalidFlowTemplate,
     InvalidParameters,
+    RetryLater,
     TaskNotFound,
 )
 from .recurrence import Recurrence
 
 MAX_NAME_LENGTH = 200
+_MAX_DELAY: Final = 300
+"""The longest wait for a retry by default, in seconds."""
 
 Run = Callable[[ExecutionContext], "ExecutionContext | Awaitable[ExecutionContext]"]
 
@@ -54,17 +58,18 @@ def _exception_types(field: str, types: Any) -> tuple[type[BaseException], ...]:
 class Retry:
     """When a failed attempt is made again by itself.
 
-    Delays are in seconds. The n-th retry waits `delay * backoff ** (n - 1)`, at most `max_delay`;
-    with `jitter`, a random time between half of that and all of it, so that many flows that
-    failed together do not come back together. Raises `InvalidFlowTemplate` for a rule that
-    cannot work.
+    Delays are in seconds. The n-th retry waits `delay * backoff ** (n - 1)`, at most `max_delay`
+    (by default 300, or `delay` if that is longer); with `jitter`, a random time between half of
+    that and all of it, so that many flows that failed together do not come back together. Raises
+    `InvalidFlowTemplate` for a rule that cannot work.
     """
 
     # Attempts in all, the first included.
     attempts: int = 3
     delay: float = 1
     backoff: float = 2
-    max_delay: float = 300
+    # Without a value: 300, or `delay` where that is longer.
+    max_delay: float = None  # type: ignore[assignment]
     jitter: bool = True
     on: tuple[type[BaseException], ...] = (Exception,)
     never_on: tuple[type[BaseException], ...] = ()
@@ -76,12 +81,20 @@ class Retry:
                 f"Retry(attempts={attempts!r}): give a whole number of 1 or more; it counts the"
                 f" first attempt too."
             )
+        longest: object = self.max_delay
+        if longest is None and is_number(self.delay):
+            object.__setattr__(self, "max_delay", max(_MAX_DELAY, self.delay))
         for field, least in (("delay", 0), ("backoff", 1), ("max_delay", 0)):
             value = getattr(self, field)
             if not is_number(value) or not least <= value <= MAX_DELAY_SECONDS:
                 raise InvalidFlowTemplate(
                     f"Retry({field}={value!r}): give a number from {least} to {MAX_DELAY_SECONDS}."
                 )
+        if self.max_delay < self.delay:
+            raise InvalidFlowTemplate(
+                f"Retry(delay={self.delay!r}, max_delay={self.max_delay!r}): no retry could"
+                f" wait for the delay: give a max_delay of at least {self.delay!r}, or none."
+            )
         jitter: object = self.jitter
         if not isinstance(jitter, bool):
             raise InvalidFlowTemplate(f"Retry(jitter={jitter!r}): give True or False.")
@@ -89,12 +102,20 @@ class Retry:
         object.__setattr__(self, "never_on", _exception_types("never_on", self.never_on))
 
     def covers(self, error: BaseException, attempts_made: int) -> bool:
-        """Return whether `error` is to be retried after `attempts_made` counted attempts."""
-        return (
-            attempts_made < self.attempts
-            and isinstance(error, self.on)
-            and not isinstance(error, self.never_on)
-        )
+        """Return whether `error` is to be retried after `attempts_made` counted attempts.
+
+        An exception group is if each error in it would be, or if `on` lists the group's class;
+        a `RetryLater` in it says by itself that it is to be retried.
+        """
+        if attempts_made >= self.attempts or issubclass(type(error), self.never_on):
+            return False
+        # The type, as an error may lie about its class.
+        kinds = [type(single) for single in single_errors(error)]
+        kinds = [kind for kind in kinds if not issubclass(kind, RetryLater)]
+        if any(issubclass(kind, self.never_on) for kind in kinds):
+            return False
+        groups = tuple(kind for kind in self.on if issubclass(kind, BaseExceptionGroup))
+        return issubclass(type(error), groups) or all(issubclass(kind, self.on) for kind in kinds)
 
     def delay_after(self, attempts_made: int) -> float:
         """Return the seconds to wait after `attempts_made` (1 or more) counted attempts."""

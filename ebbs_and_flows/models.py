@@ -13,7 +13,7 @@ from django.utils.translation import pgettext_lazy
 
 from .exceptions import RetryLater
 from .status import FINISHED, FlowStatus, TaskStatus
-from .validation import MAX_PRIORITY, MIN_PRIORITY, NAME_LENGTH
+from .validation import MAX_PRIORITY, MESSAGE_LENGTH, MIN_PRIORITY, NAME_LENGTH
 
 if TYPE_CHECKING:
     from datetime import timedelta
@@ -255,6 +255,11 @@ class TaskExecution(models.Model):
         _("log"), blank=True, default="", help_text=_("What it logged, a JSON object a line.")
     )
     error_type = ExactCharField(_("error"), max_length=NAME_LENGTH, blank=True, default="")
+    # Empty by the database, too: only a failure writes them.
+    error_message = ExactCharField(
+        _("message"), max_length=MESSAGE_LENGTH, blank=True, default="", db_default=""
+    )
+    traceback = ExactTextField(_("traceback"), blank=True, default="", db_default="")
 
     class Meta:
         verbose_name = _("task execution")
@@ -280,6 +285,19 @@ class TaskExecution(models.Model):
 
     def __str__(self) -> str:
         return f"{self.task_name}, attempt {self.attempt}"
+
+    @property
+    def headline(self) -> str:
+        """The error's type, without its module, and its message, in one line."""
+        kind = str(self.error_type).rpartition(".")[2]
+        if self.asked_for_later or not self.error_message:
+            return str(self.error_message or kind)
+        return f"{kind}: {self.error_message}"
+
+    @property
+    def explanation(self) -> str:
+        """The output without the traceback that it ends with."""
+        return str(self.output).removesuffix(self.traceback).rstrip()
 
     @property
     def asked_for_later(self) -> bool:

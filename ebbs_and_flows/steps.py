@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from datetime import datetime, timedelta
 
 from . import telemetry
@@ -11,6 +12,7 @@ from .conf import get_settings
 from .exceptions import ClaimLost, DeadlineExceeded, EbbsAndFlowsError, TemplateDrift
 from .flows import FlowTemplate
 from .models import FlowExecution, FlowTransition, TaskExecution
+from .outputs import Failure
 from .repository import ClaimedRun, DatabaseNow, Due, FlowRepository
 from .signals import announce_status, announce_task
 from .status import WAITING, FlowStatus, TaskStatus
@@ -180,7 +182,8 @@ class StepService:
                     last = self.repository.last_attempt(run.flow.pk, run.task_index)
                     self.repository.start_attempt(run, planned, last + 1)
                 with telemetry.attempt(run) as span:
-                    self.fail_step(run, str(refusal), type(refusal).__name__, error=refusal)
+                    failure = Failure.without_traceback(type(refusal).__name__, str(refusal))
+                    self.fail_step(run, failure, error=refusal)
                     span.failed(refusal)
             return False
         names = template.task_names
@@ -223,19 +226,13 @@ class StepService:
         self,
         task_execution_id: int,
         status: TaskStatus,
+        failure: Failure | None = None,
         *,
-        output: str = "",
-        error_type: str = "",
         log: str = "",
     ) -> int:
         """Store how a running attempt ended; return 0 when it was not running."""
-        return self.repository.finish_attempt(
-            task_execution_id,
-            status=status,
-            output=output,
-            error_type=error_type[:NAME_LENGTH],
-            log=log,
-        )
+        columns = {} if failure is None else asdict(failure)
+        return self.repository.finish_attempt(task_execution_id, status=status, log=log, **columns)
 
     # Steps
 
@@ -298,8 +295,7 @@ class StepService:
     def fail_step(
         self,
         run: ClaimedRun,
-        output: str,
-        error_type: str,
+        failure: Failure,
         *,
         retry_after: float | None = None,
         forgive: bool = False,
@@ -332,7 +328,7 @@ class StepService:
             path = []
         else:
             is_later = forgive and retry_after is not None
-            why = "asked to be called again" if is_later else f"failed: {error_type}"
+            why = "asked to be called again" if is_later else f"failed: {failure.error_type}"
             path = [
                 transition(
                     FlowStatus.RUNNING,
@@ -350,13 +346,7 @@ class StepService:
                         reason=reason or f"Attempt {run.attempt + 1} in {retry_after:.1f} s",
                     )
                 )
-        self.update_task_execution(
-            run.task_execution_id,
-            TaskStatus.FAILED,
-            output=output,
-            error_type=error_type,
-            log=log,
-        )
+        self.update_task_execution(run.task_execution_id, TaskStatus.FAILED, failure, log=log)
         self.record(run.flow, path)
         announce_task(self.repository.using, run.task_execution_id, error)
         return False
@@ -509,8 +499,9 @@ class StepService:
             flow_execution=flow.pk, status=TaskStatus.RUNNING
         )
         attempts = list(running.values_list("pk", flat=True))
+        failure = Failure.without_traceback("TaskInterrupted", output)
         self.repository.finish_running_attempts(
-            flow.pk, status=TaskStatus.FAILED, output=output, error_type="TaskInterrupted"
+            flow.pk, status=TaskStatus.FAILED, **asdict(failure)
         )
         for attempt in attempts:
             announce_task(self.repository.using, attempt)

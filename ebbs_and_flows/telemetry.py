@@ -21,8 +21,10 @@ from typing import Any, ParamSpec
 
 from django.db import transaction
 
+from .conf import get_settings
 from .exceptions import RetryLater
 from .models import FlowExecution, TaskExecution
+from .outputs import describe, error_message
 from .repository import ClaimedRun
 from .status import FINISHED, FlowStatus, TaskStatus
 
@@ -235,10 +237,11 @@ class AttemptSpan:
         self._error, self._failed = error, True
 
     def __exit__(self, kind: type[BaseException] | None, error: Any, traceback: Any) -> None:
-        if isinstance(error, (KeyboardInterrupt, GeneratorExit)):
+        if kind is not None and issubclass(kind, (KeyboardInterrupt, GeneratorExit)):
             self._failed = True
         # After any other error the record does not say yet how the attempt ended.
-        self._error = self._error or error
+        if self._error is None:
+            self._error = error
         known = error is None or self._failed
         self._end((TaskStatus.FAILED if self._failed else TaskStatus.SUCCEEDED) if known else None)
 
@@ -281,11 +284,19 @@ def _start_attempt(
 def _tell_error(span: Span, error: BaseException | None) -> None:
     if error is None or not span.is_recording():
         return
-    span.record_exception(error)
+    failure = describe(error, get_settings().MAX_OUTPUT_BYTES)
+    # As `record_exception` has it, which reads the error itself.
+    recorded = {
+        "exception.type": failure.error_type,
+        "exception.message": error_message(error),
+        "exception.stacktrace": failure.traceback,
+    }
+    span.add_event("exception", recorded)
     # A task that asks to be called later is well.
-    if not isinstance(error, RetryLater):
-        span.set_attribute("error.type", type(error).__qualname__)
-        span.set_status(Status(StatusCode.ERROR, type(error).__qualname__))
+    if not issubclass(type(error), RetryLater):
+        kind = failure.error_type.rpartition(".")[2]
+        span.set_attribute("error.type", kind)
+        span.set_status(Status(StatusCode.ERROR, kind))
 
 
 def _count(flow: FlowExecution, task_name: str, status: TaskStatus) -> dict[str, str]:

@@ -12,6 +12,8 @@ from typing import Any
 from django.db import DatabaseError, Error, connections
 from django.db.transaction import TransactionManagementError
 
+from .error_chain import related_errors, traceback_of
+
 _ENDED = "(none: this block was ended with the task that had begun it)"
 
 State = dict[str, tuple[int, bool]]
@@ -43,16 +45,8 @@ def end_left_open(before: State, error: BaseException | None = None) -> str | No
 
 def _let_go(error: BaseException) -> None:
     """Clear the frames of an error, and of those that it came of."""
-    errors, seen = [error], set()
-    while errors:
-        found = errors.pop()
-        if id(found) in seen:
-            continue
-        seen.add(id(found))
-        traceback.clear_frames(found.__traceback__)
-        errors += [cause for cause in (found.__cause__, found.__context__) if cause is not None]
-        if isinstance(found, BaseExceptionGroup):
-            errors += found.exceptions
+    for found in related_errors(error):
+        traceback.clear_frames(traceback_of(found))
 
 
 def _undo(connection: Any, depth: int, autocommit: bool) -> None:

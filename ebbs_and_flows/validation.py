@@ -14,6 +14,8 @@ from .exceptions import InvalidArgument
 MIN_PRIORITY, MAX_PRIORITY = -100, 100
 NAME_LENGTH = 200
 """The length of a name, a key or an actor at most, in characters."""
+MESSAGE_LENGTH = 500
+"""The length of an error's message in one line at most, in characters."""
 
 
 def check_text(what: str, value: Any) -> str:

@@ -9,13 +9,15 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from django.db import DatabaseError, InterfaceError, OperationalError
 
 from . import telemetry
 from .body import AttemptInProgress, BodyFailed, Outcome, drop_connections, run_body
 from .conf import get_settings
+from .context import is_number
+from .error_chain import single_errors
 from .exceptions import (
     ClaimLost,
     DeadlineExceeded,
@@ -24,13 +26,12 @@ from .exceptions import (
 )
 from .flows import FlowTemplate, Task
 from .heartbeat import WatchedRun, heartbeat, report_claim_lost
-from .outputs import describe, error_name
+from .outputs import describe, error_message
 from .repository import ClaimedRun, is_contention
 from .service import FlowService
 from .status import TaskStatus
 from .tasklog import keeping
 from .transactions import kept_usable
-from .validation import storable_text
 
 logger = logging.getLogger("ebbs_and_flows")
 
@@ -189,21 +190,21 @@ class Worker:
         self, run: ClaimedRun, task: Task, failed: BodyFailed, span: telemetry.Attempt
     ) -> bool:
         """Store that the attempt failed; return whether the flow goes on here after all."""
-        error, name, before = failed.error, run.task_name, replace(run)
+        name, before = run.task_name, replace(run)
         self._repository.drop_broken_connections()
         again = _Again.of(run, task, failed)
+        error = again.error
         after, ends_at = again.after, self._deadline(run)
         if after is not None and ends_at is not None and time.monotonic() + after >= ends_at:
             after = None
-        later = after if isinstance(error, RetryLater) else None
-        output = describe(error, get_settings().MAX_OUTPUT_BYTES, message_only=later is not None)
+        later = after if _wanted_delay(error) is not None else None
+        failure = describe(error, get_settings().MAX_OUTPUT_BYTES, message_only=later is not None)
 
         def write() -> bool:
             with self._repository.step():
                 return self._service.fail_step(
                     run,
-                    output,
-                    error_name(error),
+                    failure,
                     retry_after=after,
                     forgive=again.forgive,
                     interrupted=again.interrupted,
@@ -224,7 +225,7 @@ class Worker:
                 "Task %s of flow %s has succeeded; what came after its commit has not: %s",
                 name,
                 run.flow.pk,
-                error_name(error),
+                failure.error_type,
                 exc_info=error,
                 extra=extra,
             )
@@ -241,7 +242,7 @@ class Worker:
             )
         else:
             logger.warning(
-                "Task %s of flow %s failed: %s", name, run.flow.pk, error_name(error), extra=extra
+                "Task %s of flow %s failed: %s", name, run.flow.pk, failure.error_type, extra=extra
             )
         self._on_task(run, name, TaskStatus.FAILED)
         return False
@@ -307,6 +308,8 @@ class Worker:
 class _Again:
     """Whether, when and why a task that failed is to be made again."""
 
+    # What is recorded: for a group that asks for later as one, the error that asks for most.
+    error: BaseException
     # Seconds; None is never.
     after: float | None = None
     forgive: bool = False
@@ -317,14 +320,25 @@ class _Again:
     def of(cls, run: ClaimedRun, task: Task, failed: BodyFailed) -> _Again:
         """Return what the error, the database and the task's retry rule say."""
         error = failed.error
-        if isinstance(error, RetryLater):
-            return cls(after=error.delay, forgive=True, reason=storable_text(str(error)))
+        singles = list(single_errors(error))
+        asked = [single for single in singles if _wanted_delay(single) is not None]
+        latest = max(asked, key=lambda single: _wanted_delay(single) or 0, default=None)
+        later = 0.0 if latest is None else _wanted_delay(latest) or 0.0
+        if latest is not None and len(asked) == len(singles):
+            return cls(error=latest, after=later, forgive=True, reason=error_message(latest))
         if failed.was_undone and run.interruptions < get_settings().MAX_INTERRUPTIONS:
-            return cls(after=0.0, interrupted=True, reason="The database undid it")
-        if (
-            not isinstance(error, (FailFlow, DeadlineExceeded))
-            and task.retry is not None
-            and task.retry.covers(error, run.counted_attempts)
-        ):
-            return cls(after=task.retry.delay_after(run.counted_attempts))
-        return cls()
+            return cls(error=error, after=0.0, interrupted=True, reason="The database undid it")
+        if any(issubclass(type(single), (FailFlow, DeadlineExceeded)) for single in singles):
+            return cls(error=error)
+        if task.retry is not None and task.retry.covers(error, run.counted_attempts):
+            return cls(error=error, after=max(later, task.retry.delay_after(run.counted_attempts)))
+        return cls(error=error)
+
+
+def _wanted_delay(error: BaseException) -> float | None:
+    """Return the seconds that a task asked for with `RetryLater`; None for any other error."""
+    # The type, as an error may lie about its class; a subclass may lack the delay.
+    if not issubclass(type(error), RetryLater):
+        return None
+    delay: Any = vars(error).get("delay")
+    return delay if is_number(delay) else None

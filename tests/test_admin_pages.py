@@ -18,7 +18,7 @@ from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 
 from ebbs_and_flows import FlowStatus, FlowTemplate, Retry, flow_runner, task
-from ebbs_and_flows.admin.attempts import log_lines, split_output
+from ebbs_and_flows.admin.attempts import log_lines
 from ebbs_and_flows.admin.rules import retry_in_words
 from ebbs_and_flows.admin.timeline import Axis, timeline_rows
 from ebbs_and_flows.models import (
@@ -652,21 +652,6 @@ def test_a_timeline_without_a_length_is_drawn_all_the_same() -> None:
 
 
 # Outputs, logs, rules
-
-
-def test_an_output_is_taken_apart_into_its_error_its_causes_and_the_rest() -> None:
-    text = (
-        "shop.Down: no\nmore\n\nTraceback (most recent call last):\n  File a\n    b()\n"
-        "KeyError: 'x'\n\nDuring handling of the above exception, another exception occurred:\n\n"
-        "Traceback (most recent call last):\n  File c\nOSError: gone\n\n"
-        "The above exception was the direct cause of the following exception:\n\n"
-        "Traceback (most recent call last):\n  File d\nshop.Down: no\nmore\n"
-    )
-    output = split_output(text)
-    assert output.headline == "shop.Down: no\nmore"
-    assert output.causes == ["OSError: gone", "KeyError: 'x'"]
-    assert output.traceback.startswith("Traceback")
-    assert split_output("interrupted: worker w was lost.").headline.startswith("interrupted")
 
 
 def test_a_log_is_shown_whatever_is_in_it() -> None:

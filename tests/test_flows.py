@@ -224,3 +224,30 @@ def test_a_template_without_tasks_or_no_template_is_refused(runner: FlowRunner) 
 def test_errors_are_the_closest_builtins_too() -> None:
     assert issubclass(DuplicateFlowTemplate, ValueError)
     assert issubclass(FlowTemplateNotFound, LookupError)
+
+
+def test_a_delay_is_not_cut_by_a_limit_that_was_not_given() -> None:
+    assert Retry(delay=1800, jitter=False).delay_after(1) == 1800
+    assert Retry(delay=1800, jitter=False).delay_after(5) == 1800
+    assert Retry(delay=100, backoff=2, jitter=False).delay_after(5) == 300
+    assert Retry().max_delay == 300
+    assert Retry(delay=1800).max_delay == 1800
+
+
+@pytest.mark.parametrize(("delay", "longest"), [(1800, 300), (0.5, 0), (1, 0.9)])
+def test_a_limit_below_the_delay_is_refused(delay: float, longest: float) -> None:
+    with pytest.raises(InvalidFlowTemplate, match="give a max_delay of at least"):
+        Retry(delay=delay, max_delay=longest)
+
+
+def test_a_group_is_retried_if_each_of_its_errors_would_be() -> None:
+    retry = Retry(attempts=2, on=(OSError,), never_on=(FileNotFoundError,))
+    lost, absent, bad = ConnectionError("lost"), FileNotFoundError("absent"), ValueError("bad")
+    assert retry.covers(ExceptionGroup("all", [lost, ExceptionGroup("more", [lost])]), 1)
+    assert not retry.covers(ExceptionGroup("all", [lost]), 2)
+    assert not retry.covers(ExceptionGroup("one is not", [lost, bad]), 1)
+    assert not retry.covers(ExceptionGroup("one never", [lost, absent]), 1)
+    assert Retry().covers(ExceptionGroup("any", [lost, bad]), 1)
+    assert not Retry(never_on=(ValueError,)).covers(ExceptionGroup("any", [lost, bad]), 1)
+    assert not Retry().covers(BaseExceptionGroup("exits", [lost, SystemExit()]), 1)
+    assert Retry(on=(ExceptionGroup,)).covers(ExceptionGroup("named", [bad]), 1)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
 from django.db.models import BooleanField, Case, When
-from django.db.models.functions import Left
 from django.utils import timezone
 from django.utils.safestring import SafeString
 from django.utils.translation import gettext as _
@@ -21,32 +19,27 @@ from ..models import FlowExecution, TaskExecution
 from ..runner import flow_runner
 from ..service import flow_service
 from ..status import FlowStatus, TaskStatus
-from .pieces import first_line, pill
+from ..validation import MESSAGE_LENGTH
+from .pieces import pill
 
 MAX_ATTEMPTS = 2_000
 # Whose output and log are on the page; the others are a click away.
 MAX_TEXTS = 12
 MAX_LISTED = 10
 MAX_LOG_LINES = 300
-MAX_CAUSES = 10
-HEADLINE = 300
-
-_TRACEBACK = re.compile(
-    r"\n\n(?=\s*(?:\+ )?(?:Exception Group )?Traceback \(most recent call last\))"
-)
-_NEXT_IN_CHAIN = re.compile(
-    r"\n\n(?:The above exception was the direct cause of the following exception"
-    r"|During handling of the above exception, another exception occurred):\n\n"
-)
+LONG_TEXTS = ("output", "traceback", "log")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Output:
-    """An attempt's output in its parts."""
+class Texts:
+    """An attempt's long texts, as they are stored."""
 
-    headline: str
-    causes: list[str]
+    explanation: str
     traceback: str
+    log: str
+
+
+_NO_TEXTS = Texts(explanation="", traceback="", log="")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +60,8 @@ class ShownAttempt:
     status: SafeString
     took: str
     headline: str
-    output: Output | None = None
+    explanation: str = ""
+    traceback: str = ""
     log: list[LogLine] = field(default_factory=list)
     is_open: bool = False
 
@@ -80,7 +74,7 @@ class TaskRow:
     name: str
     description: str
     status: SafeString | str
-    attempts: list[TaskExecution] = field(default_factory=list)
+    attempts: list[Any] = field(default_factory=list)
     shown: list[ShownAttempt] = field(default_factory=list)
 
     @property
@@ -97,15 +91,16 @@ class TaskRow:
 def flow_attempts(flow: FlowExecution) -> Sequence[TaskExecution]:
     """Return a flow's newest attempts in their order, without their long texts.
 
-    Each has `headline`, the beginning of its output, and `has_log`.
+    Each has `has_text`: whether it has an output or a log.
     """
     found = (
         flow_service.repository.attempts.filter(flow_execution=flow.pk)
         .annotate(
-            headline=Left("output", HEADLINE),
-            has_log=Case(When(log="", then=False), default=True, output_field=BooleanField()),
+            has_text=Case(
+                When(output="", log="", then=False), default=True, output_field=BooleanField()
+            ),
         )
-        .defer("output", "log")
+        .defer(*LONG_TEXTS)
         .order_by("-task_index", "-attempt")
     )
     return list(found[:MAX_ATTEMPTS])[::-1]
@@ -139,7 +134,7 @@ def task_rows(flow: FlowExecution, attempts: Sequence[TaskExecution]) -> list[Ta
         row.shown = [
             _shown(attempt, texts, is_open=_stopped_at(attempt, row, flow))
             for attempt in reversed(row.attempts)
-            if _has_text(attempt)
+            if attempt.has_text
         ][:MAX_LISTED]
     return rows
 
@@ -149,30 +144,22 @@ def took(attempt: TaskExecution) -> str:
     return duration((attempt.finished_at or clock.now()) - attempt.started_at)
 
 
-def split_output(text: str) -> Output:
-    """Return an output's headline, the errors that caused it, the nearest first, and the rest."""
-    headline, *rest = _TRACEBACK.split(text, maxsplit=1)
-    traceback = rest[0] if rest else ""
-    # The chain is written oldest first, and the last of it is what the headline says.
-    causes = [_last_words(part) for part in _NEXT_IN_CHAIN.split(traceback)[:-1]]
-    return Output(headline=headline, causes=causes[::-1][:MAX_CAUSES], traceback=traceback)
-
-
 def log_lines(text: str) -> list[LogLine]:
     """Return the last records of a stored log."""
     return [_log_line(line) for line in text.split("\n")[-MAX_LOG_LINES:] if line]
 
 
-def _texts(attempts: Sequence[TaskExecution]) -> dict[int, tuple[str, str]]:
-    wanted = [attempt.pk for attempt in reversed(attempts) if _has_text(attempt)][:MAX_TEXTS]
+def _texts(attempts: Sequence[Any]) -> dict[int, Texts]:
+    wanted = [attempt.pk for attempt in reversed(attempts) if attempt.has_text][:MAX_TEXTS]
     if not wanted:
         return {}
-    found = flow_service.repository.attempts.filter(pk__in=wanted)
-    return {pk: (output, log) for pk, output, log in found.values_list("pk", "output", "log")}
-
-
-def _has_text(attempt: Any) -> bool:
-    return bool(attempt.headline or attempt.has_log)
+    found = flow_service.repository.attempts.filter(pk__in=wanted).only(*LONG_TEXTS)
+    return {
+        attempt.pk: Texts(
+            explanation=attempt.explanation, traceback=attempt.traceback, log=attempt.log
+        )
+        for attempt in found
+    }
 
 
 def _stopped_at(attempt: TaskExecution, row: TaskRow, flow: FlowExecution) -> bool:
@@ -183,26 +170,18 @@ def _stopped_at(attempt: TaskExecution, row: TaskRow, flow: FlowExecution) -> bo
     )
 
 
-def _shown(attempt: Any, texts: dict[int, tuple[str, str]], *, is_open: bool) -> ShownAttempt:
-    output, log = texts.get(attempt.pk, ("", ""))
+def _shown(attempt: TaskExecution, all_texts: dict[int, Texts], *, is_open: bool) -> ShownAttempt:
+    texts = all_texts.get(attempt.pk, _NO_TEXTS)
     return ShownAttempt(
         attempt=attempt,
         status=pill(attempt.status),
         took=took(attempt),
-        headline=first_line(attempt.headline, attempt.error_type),
-        output=split_output(output) if output else None,
-        log=log_lines(log),
-        is_open=is_open and attempt.pk in texts,
+        headline=attempt.headline or texts.explanation[:MESSAGE_LENGTH].partition("\n")[0],
+        explanation=texts.explanation,
+        traceback=texts.traceback,
+        log=log_lines(texts.log),
+        is_open=is_open and attempt.pk in all_texts,
     )
-
-
-def _last_words(traceback: str) -> str:
-    lines = traceback.rstrip().splitlines()
-    after_frames = 0
-    for number, line in enumerate(lines):
-        if line.startswith("  "):
-            after_frames = number + 1
-    return "\n".join(lines[after_frames:] or lines[-1:])[:HEADLINE]
 
 
 def _log_line(line: str) -> LogLine:

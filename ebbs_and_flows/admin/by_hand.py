@@ -13,8 +13,8 @@ from django.utils.translation import gettext as _
 from ..exceptions import EbbsAndFlowsError
 from ..models import FlowExecution
 from ..runner import flow_runner
+from ..service import flow_service
 from ..status import FlowStatus
-from .attempts import flow_attempts, split_output
 from .forms import ByHandForm
 from .pages import actor, flow_url, log, page_context
 from .pieces import pill, progress
@@ -47,7 +47,7 @@ def by_hand_page(
                 request, _("Task %(task)s is done, and the flow goes on.") % {"task": task}
             )
             return HttpResponseRedirect(page)
-    said: list[str] = [attempt.headline for attempt in flow_attempts(flow) if attempt.headline]  # type: ignore[attr-defined]
+    failure = flow_service.get_failures([flow]).get(flow.pk)
     context = page_context(
         model_admin,
         request,
@@ -57,7 +57,7 @@ def by_hand_page(
         progress=progress(flow),
         form=form,
         task=task,
-        failure=split_output(said[-1]).headline if said else "",
+        failure=failure.explanation if failure else "",
         next_task=_next_task(flow),
         crumb=_("Done by hand"),
     )

@@ -8,7 +8,6 @@ from urllib.parse import urlencode
 
 from django.contrib import admin
 from django.db.models import Count, OuterRef, Q, QuerySet, Subquery
-from django.db.models.functions import Left
 from django.http import HttpRequest
 from django.utils.html import format_html
 from django.utils.safestring import SafeString
@@ -18,7 +17,8 @@ from ..durations import duration
 from ..models import FlowExecution, TaskExecution
 from ..service import flow_service
 from ..status import FlowStatus, TaskStatus
-from .pieces import first_line, moment, pill, progress, reported_progress
+from .attempts import LONG_TEXTS
+from .pieces import moment, pill, progress, reported_progress
 from .queries import flows, template_names
 
 if TYPE_CHECKING:
@@ -63,9 +63,9 @@ def add_attempts(rows: Sequence[FlowExecution]) -> None:
     }
     latest = {
         attempt.pk: attempt
-        for attempt in attempts.filter(pk__in=[pk for pk, _count in found.values() if pk])
-        .annotate(headline=Left("output", 3 * HEADLINE))
-        .defer("output", "log")
+        for attempt in attempts.filter(pk__in=[pk for pk, _count in found.values() if pk]).defer(
+            *LONG_TEXTS
+        )
     }
     flow: Any
     for flow in rows:
@@ -108,7 +108,7 @@ class FlowColumns(_ModelAdmin):
         shown: SafeString | str = ""
         stopped = flow.status in {FlowStatus.FAILED, FlowStatus.RESCHEDULED}
         if stopped and self._is_latest(flow, TaskStatus.FAILED):
-            line = first_line(flow.latest.headline, flow.latest.error_type)
+            line = flow.latest.headline
             line = line if len(line) <= HEADLINE else line[: HEADLINE - 1] + "…"
             name = flow.latest.task_name
             shown = format_html("<b><bdi>{}</bdi></b>: <bdi>{}</bdi>", name, line)

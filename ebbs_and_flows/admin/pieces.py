@@ -68,14 +68,6 @@ def reported_progress(flow: FlowExecution, running_attempt: int | None) -> SafeS
     )
 
 
-def first_line(headline: str, error_type: str) -> str:
-    """Return the first line of an output, with the error's type without its module."""
-    line = headline.partition("\n")[0]
-    if "." in error_type and line.startswith(error_type):
-        line = error_type.rpartition(".")[2] + line[len(error_type) :]
-    return line
-
-
 def in_words(seconds: float) -> str:
     """Return a span that a template's author gave in seconds, as a sentence has it."""
     if seconds < 120:

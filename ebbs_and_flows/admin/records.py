@@ -11,7 +11,7 @@ from django.utils.safestring import SafeString
 from django.utils.translation import gettext_lazy as _
 
 from ..models import ExecutionContextEntry, TaskExecution
-from .attempts import log_lines
+from .attempts import LONG_TEXTS, log_lines
 from .pages import flow_url
 from .paginator import BoundedPaginator
 from .pieces import pill
@@ -57,7 +57,7 @@ class ReadOnlyAdmin(_ModelAdmin):
 class TaskExecutionAdmin(ReadOnlyAdmin):
     """Every attempt at every task."""
 
-    list_display = ("__str__", "flow", "status_pill", "started_at", "error_type")
+    list_display = ("__str__", "flow", "status_pill", "started_at", "headline_text")
     fields = (
         "flow",
         "task_index",
@@ -67,6 +67,7 @@ class TaskExecutionAdmin(ReadOnlyAdmin):
         "started_at",
         "finished_at",
         "error_type",
+        "error_message",
         "output_text",
         "log_text",
     )
@@ -76,6 +77,15 @@ class TaskExecutionAdmin(ReadOnlyAdmin):
     def status_pill(self, attempt: TaskExecution) -> SafeString:
         """The status in a pill."""
         return pill(attempt.status)
+
+    def get_queryset(self, request: HttpRequest) -> Any:
+        """Leave the long texts of a list where they are."""
+        return super().get_queryset(request).defer(*LONG_TEXTS)
+
+    @admin.display(description=_("error"))
+    def headline_text(self, attempt: TaskExecution) -> SafeString:
+        """The error's type and message."""
+        return format_html("<bdi>{}</bdi>", attempt.headline)
 
     @admin.display(description=_("output"))
     def output_text(self, attempt: TaskExecution) -> SafeString:

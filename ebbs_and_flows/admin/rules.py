@@ -44,7 +44,7 @@ def retry_in_words(retry: Retry) -> str:
     if not retry.delay:
         parts.append(_("without a wait"))
     elif retry.backoff == 1 or retry.attempts == 2:
-        parts.append(_("%(time)s apart") % {"time": in_words(min(retry.delay, retry.max_delay))})
+        parts.append(_("%(time)s apart") % {"time": in_words(retry.delay)})
     else:
         parts.append(
             _("the first retry after %(time)s, each later one after %(times)s times as long")

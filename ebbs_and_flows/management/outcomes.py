@@ -91,9 +91,7 @@ def outcomes(flows: Iterable[FlowExecution]) -> list[Outcome]:
     for start in range(0, len(listed), PAGE):
         page = listed[start : start + PAGE]
         failures = flow_service.get_failures(page)
-        for flow in page:
-            failure = failures.get(flow.pk)
-            found.append(outcome(flow, failure, failure.output if failure else ""))
+        found += [outcome(flow, failures.get(flow.pk)) for flow in page]
     return found
 
 
@@ -110,11 +108,9 @@ def printable(text: str) -> str:
     )
 
 
-def outcome(
-    flow: FlowExecution, failure: TaskExecution | None = None, output: str = ""
-) -> Outcome:
-    """Return one flow's outcome; its failed attempt and the output are given, where there are."""
-    first_line = printable(output.partition("\n")[0])
+def outcome(flow: FlowExecution, failure: TaskExecution | None = None) -> Outcome:
+    """Return one flow's outcome; its failed attempt is given, where there is one."""
+    first_line = printable(failure.headline) if failure else ""
     error = first_line if len(first_line) <= 160 else first_line[:159] + "…"
     failed_task = "" if failure is None else failure.task_name
     waits = ""

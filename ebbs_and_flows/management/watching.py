@@ -11,7 +11,6 @@ from typing import Any, Protocol
 from django.core.management.base import OutputWrapper
 from django.db import InterfaceError, OperationalError, connections
 from django.db.models import OuterRef, Subquery
-from django.db.models.functions import Left
 
 from ..durations import duration
 from ..engines import get_engine
@@ -32,7 +31,6 @@ from .stopping import StopRequest
 LATELY = timedelta(hours=24)
 NOTHING = "There are no such flows."
 _OLDEST = "oldest due"
-_HEADLINE = 400
 _REDRAW_SECONDS = 1.0
 
 
@@ -250,9 +248,9 @@ def _flows(selection: Selection) -> list[Seen]:
         found += flows[: selection.limit]
     attempts = {
         attempt.pk: attempt
-        for attempt in repository.attempts.filter(pk__in=[f.latest for f in found if f.latest])
-        .annotate(headline=Left("output", _HEADLINE))
-        .defer("output", "log")
+        for attempt in repository.attempts.filter(
+            pk__in=[f.latest for f in found if f.latest]
+        ).defer("output", "traceback", "log")
     }
     return [_seen(flow, attempts.get(flow.latest)) for flow in found]
 
@@ -263,9 +261,7 @@ def _seen(flow: FlowExecution, attempt: Any) -> Seen:
     index = flow.current_task_index
     report = reported_progress(flow, attempt and attempt.pk)
     return Seen(
-        outcome=outcome(flow, attempt, attempt.headline)
-        if has_failed and has_stopped
-        else outcome(flow),
+        outcome=outcome(flow, attempt) if has_failed and has_stopped else outcome(flow),
         finished_at=flow.finished_at,
         task=flow.task_names[index] if index < len(flow.task_names) else "",
         attempt=attempt.attempt if attempt is not None else 0,

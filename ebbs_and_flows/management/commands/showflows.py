@@ -236,6 +236,7 @@ class _Details:
                     "started_at": row.started_at.isoformat(),
                     "seconds": None if row.duration is None else row.duration.total_seconds(),
                     "error_type": row.error_type or None,
+                    "error_message": row.error_message or None,
                     "output": row.output or None,
                 }
                 for row in self.attempts[outcome.id]

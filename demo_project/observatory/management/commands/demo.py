@@ -128,7 +128,7 @@ class Command(BaseCommand):
                 problem = ""
                 if status == TaskStatus.FAILED:
                     attempt = TaskExecution.objects.get(pk=run.task_execution_id)
-                    problem = first_line(attempt.output)
+                    problem = attempt.headline
                 report(run.flow, task_name, status, problem)
 
             while _unfinished(ids).exists():
@@ -147,7 +147,7 @@ class Command(BaseCommand):
         table.add_column("What went wrong, and the report", overflow="fold")
         for plan, flow in zip(PLANS, _fresh(flows), strict=True):
             attempts = flow_runner.service.get_flow_task_execution_history(flow)
-            outcome = [first_line(item.output) for item in attempts if item.output][-1:]
+            outcome = [item.headline for item in attempts if item.headline][-1:]
             if "report" in flow.execution_context:
                 outcome.append(_shown_path(reports_folder() / flow.execution_context["report"]))
             table.add_row(
