@@ -16,7 +16,6 @@ from .exceptions import (
     DuplicateEntry,
     EntryTooLarge,
     FrozenContext,
-    InvalidArgument,
     InvalidEntryName,
     ReferencedObjectGone,
     UnreadableValue,
@@ -27,6 +26,8 @@ from .values import decode, encode, same_value
 
 MAX_NAME_LENGTH: Final = 200
 """The length of an entry's name at most, in characters."""
+MAX_PROGRESS_MESSAGE: Final = 1000
+"""The length of the message of a progress at most, in characters; what is longer is cut."""
 
 # Control characters, lone surrogates, line and paragraph separators.
 _REFUSED_CATEGORIES: Final = frozenset({"Cc", "Cs", "Zl", "Zp"})
@@ -49,7 +50,11 @@ class Attempt(Protocol):
 
 
 class _TaskLogger(logging.LoggerAdapter[logging.Logger]):
-    """Keeps what is INFO or above, whether the project's own logging wants it or not."""
+    """Keeps what is INFO or above, even if the project's own logging does not want it.
+
+    What cannot be logged as it was asked for is logged as it is, with a warning: a task never
+    fails by what it logs.
+    """
 
     attempt: Attempt | None = None
 
@@ -57,15 +62,50 @@ class _TaskLogger(logging.LoggerAdapter[logging.Logger]):
         return level >= logging.INFO or super().isEnabledFor(level)
 
     def log(self, level: int, msg: object, *args: object, **kwargs: Any) -> None:
-        if super().isEnabledFor(level):
+        problem: Exception | None = None
+        try:
+            # The message is made here too, as what is wrong with it shows only then.
+            self._record(level, msg, args).getMessage()
+        except Exception as error:  # noqa: BLE001 - the arguments are the task's
+            problem, msg, args = error, "%s", (" ".join(map(_readable, (msg, *args))),)
+        try:
             # Not this method, but its caller is shown as where it was logged.
-            super().log(
-                level, msg, *args, **{**kwargs, "stacklevel": kwargs.get("stacklevel", 1) + 1}
-            )
-        elif level >= logging.INFO and self.attempt is not None:
-            self.attempt.keep_record(
-                logging.LogRecord(self.logger.name, level, "", 0, msg, args, None)
-            )
+            kwargs["stacklevel"] = kwargs.get("stacklevel", 1) + 2
+            self._pass_on(level, msg, *args, **kwargs)
+        except Exception as error:  # noqa: BLE001 - arguments and handlers are the project's
+            problem = error
+            self._keep(level, msg, args)
+        if problem is not None:
+            self._warn(problem)
+
+    def _pass_on(self, level: int, msg: object, *args: object, **kwargs: Any) -> None:
+        if super().isEnabledFor(level):
+            super().log(level, msg, *args, **kwargs)
+        elif level >= logging.INFO:
+            self._keep(level, msg, args)
+
+    def _keep(self, level: object, msg: object, args: tuple[object, ...]) -> None:
+        if self.attempt is not None:
+            known = level if isinstance(level, int) else logging.INFO
+            self.attempt.keep_record(self._record(known, msg, args))
+
+    def _record(self, level: int, msg: object, args: tuple[object, ...]) -> logging.LogRecord:
+        return logging.LogRecord(self.logger.name, level, "", 0, msg, args, None)
+
+    def _warn(self, problem: Exception) -> None:
+        said = "The record above could not be logged as the task asked: %s: %s"
+        about = (type(problem).__name__, _readable(problem))
+        try:
+            self._pass_on(logging.WARNING, said, *about, stacklevel=4)
+        except Exception:  # noqa: BLE001 - as above
+            self._keep(logging.WARNING, said, about)
+
+
+def _readable(value: object) -> str:
+    try:
+        return str(value)
+    except Exception:  # noqa: BLE001 - the value is the task's
+        return object.__repr__(value)
 
 
 class ExecutionContext(Mapping[str, Any]):
@@ -168,16 +208,14 @@ class ExecutionContext(Mapping[str, Any]):
         """Show how far the task is, in whatever unit, and that it is alive.
 
         It is written at most once a second, and renews the flow's lease. Outside of a task it
-        does nothing. Raises `InvalidArgument` for what is no number, or no text.
+        does nothing. What cannot be shown is logged as a warning and does not fail the task:
+        numbers that are not finite, or what is not a number.
         """
-        if not (is_number(done) and (total is None or is_number(total))):
-            raise InvalidArgument(
-                f"The progress is {done!r} of {total!r}: give numbers, or no total."
-            )
-        if not isinstance(message, str):
-            raise InvalidArgument(f"The message of the progress is {message!r}: give a text.")
-        if self._attempt is not None:
-            self._attempt.report_progress(done, total, message)
+        if not (_can_be_shown(done) and (total is None or _can_be_shown(total))):
+            said = "The progress cannot be shown, as it is not two finite numbers: %s of %s."
+            self.log.warning(said, _readable(done), _readable(total))
+        elif self._attempt is not None:
+            self._attempt.report_progress(done, total, _readable(message)[:MAX_PROGRESS_MESSAGE])
 
     def add(self, name: str, value: Any) -> None:
         """Add an entry.
@@ -346,7 +384,14 @@ class ExecutionContext(Mapping[str, Any]):
 
 def is_number(value: object) -> bool:
     """Return whether that is a finite number, and no truth value."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _can_be_shown(value: object) -> bool:
+    # Larger numbers are no JSON that everybody reads.
+    return isinstance(value, (int, float)) and is_number(value) and abs(value) < 2**63
 
 
 def _check_size(name: str, text: str, max_bytes: int) -> None:

@@ -8,8 +8,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from datetime import timedelta
 from queue import Empty, SimpleQueue
 
@@ -129,20 +128,22 @@ class Heartbeat:
         self._is_beating = False
         self._wakes_at = 0.0
 
-    @contextmanager
-    def watch(self, service: StepService, run: ClaimedRun) -> Iterator[WatchedRun]:
+    def watch(self, service: StepService, run: ClaimedRun) -> _Watch:
         """Renew the run's lease within the block, three times a lease."""
         lease = timedelta(seconds=get_settings().LEASE_SECONDS)
-        watched = WatchedRun(service, run, lease)
-        try:
-            self._runs[watched] = None
-            if not self._is_beating:
-                self._start()
-            if watched.next_beat < self._wakes_at:
-                self.wake()
-            yield watched
-        finally:
-            self._runs.pop(watched, None)
+        return _Watch(self, WatchedRun(service, run, lease))
+
+    def begin(self, watched: WatchedRun) -> None:
+        """Watch a run."""
+        self._runs[watched] = None
+        if not self._is_beating:
+            self._start()
+        if watched.next_beat < self._wakes_at:
+            self.wake()
+
+    def end(self, watched: WatchedRun) -> None:
+        """Watch a run no longer."""
+        self._runs.pop(watched, None)
 
     def _start(self) -> None:
         with self._starts:
@@ -195,6 +196,26 @@ class Heartbeat:
             # The thread's own, and rarely needed.
             with suppress(Exception):
                 connections.close_all()
+
+
+class _Watch(AbstractContextManager[WatchedRun]):
+    """The block in which a run is watched."""
+
+    # Not a generator, as tasks' code is within: contextlib sets attributes of the error that
+    # passes through one, which an immutable error refuses with another error.
+    def __init__(self, by: Heartbeat, watched: WatchedRun) -> None:
+        self._by, self._watched = by, watched
+
+    def __enter__(self) -> WatchedRun:
+        try:
+            self._by.begin(self._watched)
+        except BaseException:
+            self._by.end(self._watched)
+            raise
+        return self._watched
+
+    def __exit__(self, *error: object) -> None:
+        self._by.end(self._watched)
 
 
 heartbeat = Heartbeat()

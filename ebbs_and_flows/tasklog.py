@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from datetime import UTC, datetime
 
@@ -68,23 +67,28 @@ class Keeper(logging.Handler):
 
     _log: TaskLog | None = None
 
-    @contextmanager
-    def kept(self, max_bytes: int) -> Iterator[TaskLog | str]:
+    def __enter__(self) -> Keeper:
+        logging.getLogger().addHandler(self)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        logging.getLogger().removeHandler(self)
+
+    def kept(self, max_bytes: int) -> AbstractContextManager[TaskLog | str]:
         """Keep what is logged within the block; with too few bytes, nothing."""
-        if max_bytes <= _LAST_LINE:
-            yield ""
-            return
+        return nullcontext("") if max_bytes <= _LAST_LINE else _Kept(self, TaskLog(max_bytes))
+
+    def start(self, log: TaskLog) -> None:
+        """Keep what the running context logs from now on."""
         root = logging.getLogger()
         if self not in root.handlers:
             # A task before this one has configured logging anew.
             root.addHandler(self)
-        self._log = log = TaskLog(max_bytes)
-        token = _current.set(log)
-        try:
-            yield log
-        finally:
-            _current.reset(token)
-            self._log = None
+        self._log = log
+
+    def stop(self) -> None:
+        """Keep nothing more."""
+        self._log = None
 
     def emit(self, record: logging.LogRecord) -> None:
         root = logging.getLogger()
@@ -101,16 +105,27 @@ class Keeper(logging.Handler):
                 self.handleError(record)
 
 
-@contextmanager
-def keeping() -> Iterator[Keeper]:
-    """Have a keeper of what tasks log, for one run."""
-    keeper = Keeper()
-    root = logging.getLogger()
-    root.addHandler(keeper)
-    try:
-        yield keeper
-    finally:
-        root.removeHandler(keeper)
+# Not generators, as a task's code is within: contextlib sets attributes of the error that passes
+# through one, which an immutable error refuses with another error.
+class _Kept(AbstractContextManager[TaskLog]):
+    """The block of one attempt, whose records are kept."""
+
+    def __init__(self, keeper: Keeper, log: TaskLog) -> None:
+        self._keeper, self._log = keeper, log
+
+    def __enter__(self) -> TaskLog:
+        self._keeper.start(self._log)
+        self._token = _current.set(self._log)
+        return self._log
+
+    def __exit__(self, *error: object) -> None:
+        _current.reset(self._token)
+        self._keeper.stop()
+
+
+def keeping() -> Keeper:
+    """Have a keeper of what tasks log, for one run: enter it."""
+    return Keeper()
 
 
 def _is_only_kept(name: str) -> bool:

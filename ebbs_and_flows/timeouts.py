@@ -5,13 +5,14 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from types import FrameType
 from typing import Any
 
 _AGAIN_SECONDS = 5.0
 """How long a body that swallowed the interruption is left alone before it is interrupted again."""
+_SOON_SECONDS = 0.001
 
 
 class Overdue(BaseException):
@@ -35,10 +36,9 @@ class Limit:
         return self._ends_at is not None and time.monotonic() >= self._ends_at
 
 
-@contextmanager
 def interrupt_after(
     limit: Limit, before_interruption: Callable[[], None] = lambda: None
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """Raise `Overdue` within the block when the limit is over, in the main thread of a process.
 
     `before_interruption()` is called where the block is interrupted.
@@ -53,21 +53,11 @@ def interrupt_after(
         or not hasattr(signal, "setitimer")
         or threading.current_thread() is not threading.main_thread()
     ):
-        yield
-        return
-    alarm = _Alarm(limit, seconds, before_interruption)
-    try:
-        alarm.set()
-        try:
-            yield
-        finally:
-            alarm.put_back()
-    finally:
-        # Once more: it may have gone off at the very moment of its putting back.
-        alarm.put_back()
+        return nullcontext()
+    return _Alarm(limit, seconds, before_interruption)
 
 
-class _Alarm:
+class _Alarm(AbstractContextManager[None]):
     """Our alarm in the place of somebody else's, who gets it back with the time that is left."""
 
     def __init__(
@@ -80,9 +70,11 @@ class _Alarm:
         self._their_seconds, self._their_interval = signal.getitimer(signal.ITIMER_REAL)
         self._started = time.monotonic()
         self._is_set = False
-        self._is_back = False
 
-    def set(self) -> None:
+    # A generator cannot stand around a task's code: contextlib sets attributes of the error that
+    # passes through one, which an immutable error refuses with another error.
+    def __enter__(self) -> None:
+        self._started = time.monotonic()
         first, again = self._seconds, _AGAIN_SECONDS
         if 0 < self._their_seconds < self._seconds:
             first, again = self._their_seconds, self._seconds - self._their_seconds
@@ -97,17 +89,33 @@ class _Alarm:
         if are_due and callable(self._theirs):
             self._their_seconds += self._their_interval or -self._their_seconds
             self._theirs(number, frame)
-        if self._is_set and self._limit.is_over:
-            self._before_interruption()
-            raise Overdue
-
-    def put_back(self) -> None:
-        if self._is_back:
+        if not self._is_set or not self._limit.is_over:
             return
+        if _is_at_an_end_of_the_block(frame):
+            # What is raised there would leave the alarm set.
+            signal.setitimer(signal.ITIMER_REAL, _SOON_SECONDS, _AGAIN_SECONDS)
+            return
+        self._before_interruption()
+        raise Overdue
+
+    def __exit__(self, *error: object) -> None:
         self._is_set = False
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, self._theirs or signal.SIG_DFL)
-        self._is_back = True
         if self._their_seconds:
             left = self._their_seconds - (time.monotonic() - self._started)
             signal.setitimer(signal.ITIMER_REAL, max(left, 0.001), self._their_interval)
+
+
+_ENDS = {_Alarm.__enter__.__code__, _Alarm.__exit__.__code__}
+
+
+def _is_at_an_end_of_the_block(frame: FrameType | None) -> bool:
+    # Not far down: the block may be within a task that another alarm's block runs.
+    for _ in range(4):
+        if frame is None:
+            return False
+        if frame.f_code in _ENDS:
+            return True
+        frame = frame.f_back
+    return False

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import gc
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from types import CellType
 from typing import Any
 
@@ -84,31 +83,48 @@ def _wanted(before: State, connection: Any) -> tuple[int, bool]:
     return before.get(connection.alias, (0, connection.settings_dict["AUTOCOMMIT"]))
 
 
-@contextmanager
-def kept_usable(connection: Any) -> Iterator[None]:
+def kept_usable(connection: Any) -> AbstractContextManager[None]:
     """In a test's transaction, undo what a query of the body's has broken.
 
     So that its failure can be stored, as it can where there is no transaction around it.
     """
-    if not connection.in_atomic_block:
-        yield
-        return
-    savepoint = connection.savepoint()
-    try:
-        yield
-        if connection.needs_rollback:
+    return _Savepoint(connection) if connection.in_atomic_block else nullcontext()
+
+
+class _Savepoint(AbstractContextManager[None]):
+    """A savepoint that is undone only where a query has broken the transaction."""
+
+    # Not a generator: see `tasklog`.
+    def __init__(self, connection: Any) -> None:
+        self._connection = connection
+
+    def __enter__(self) -> None:
+        self._savepoint = self._connection.savepoint()
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        connection = self._connection
+        is_broken: bool = connection.needs_rollback
+        if kind is None and not is_broken:
+            try:
+                connection.savepoint_commit(self._savepoint)
+            except BaseException:
+                self._undo()
+                raise
+            return
+        self._undo()
+        if kind is None:
             raise TransactionManagementError(
                 "A query failed, and the error was caught within the test's transaction: catch it"
                 " around an atomic() block."
             )
-        connection.savepoint_commit(savepoint)
-    except BaseException:
+
+    def _undo(self) -> None:
+        connection = self._connection
         with suppress(Error):
             try:
                 if connection.needs_rollback:
                     raise DatabaseError
-                connection.savepoint_commit(savepoint)
+                connection.savepoint_commit(self._savepoint)
             except Error:
                 connection.needs_rollback = False
-                connection.savepoint_rollback(savepoint)
-        raise
+                connection.savepoint_rollback(self._savepoint)

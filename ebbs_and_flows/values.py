@@ -14,7 +14,7 @@ import json
 import math
 import re
 from collections.abc import Callable
-from datetime import date, datetime, time, timedelta, timezone
+from datetime import date, datetime, time, timedelta, timezone, tzinfo
 from decimal import Decimal
 from enum import Enum, Flag
 from itertools import pairwise
@@ -233,9 +233,41 @@ def _clock_to_node(value: datetime | time, _depth: int) -> Any:
         # The offset alone would not do: Python holds a time in the hour that is repeated at the
         # end of summer to be unequal to every time in another zone (PEP 495).
         node["zone"] = zone.key
+        if not _is_known(zone):
+            raise _unstorable_zone(value)
+    elif zone is not None and not _is_fixed(zone, value):
+        raise _unstorable_zone(value)
     if value.fold:
         node["fold"] = 1
     return node
+
+
+def _is_known(zone: ZoneInfo) -> bool:
+    """Whether a zone is the one that its key names, and not read from another file."""
+    try:
+        return bool(_ZONE_KEY.fullmatch(zone.key)) and ZoneInfo(zone.key) is zone
+    except (LookupError, OSError, ValueError):
+        return False
+
+
+def _is_fixed(zone: tzinfo, value: datetime | time) -> bool:
+    """Whether a zone has one offset, or pytz's is fixed to the value: that comes back equal."""
+    if zone.utcoffset(None) is not None:
+        return True
+    return isinstance(value, datetime) and hasattr(zone, "localize")
+
+
+def _unstorable_zone(value: datetime | time) -> UnstorableValue:
+    how = (
+        "value.astimezone(ZoneInfo('Europe/Berlin')), for instance, or in UTC"
+        if isinstance(value, datetime)
+        else "value.replace(tzinfo=ZoneInfo('Europe/Berlin')), for instance, or without a zone"
+    )
+    return UnstorableValue(
+        f"A context cannot store a {type(value).__name__} in the time zone {value.tzinfo!r}, a"
+        f" {_path(type(value.tzinfo))}: it would not come back equal in an hour that the clocks"
+        f" show twice. Store it as {how}."
+    )
 
 
 def _timedelta_to_node(value: timedelta, _depth: int) -> Any:

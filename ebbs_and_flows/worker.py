@@ -7,8 +7,9 @@ import os
 import socket
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from types import TracebackType
 from typing import Any, TypeVar
 
 from django.db import DatabaseError, InterfaceError, OperationalError
@@ -148,9 +149,10 @@ class Worker:
         """
         before, raw, log = replace(run), None, ""
         try:
-            with ExitStack() as step:
-                # Nothing is done yet, so that a writer in the way costs the task nothing.
-                self.retry_on_outage(run, lambda: step.enter_context(self._repository.step()))
+            step = self._repository.step()
+            # Nothing is done yet, so that a writer in the way costs the task nothing.
+            self.retry_on_outage(run, step.__enter__)
+            with _Entered(step):
                 raw = self._repository.connection.connection
                 outcome = run_body(task, run, attempt, ends_at)
                 log = outcome.log
@@ -302,6 +304,24 @@ class Worker:
             flow = self._repository.lock(run.flow.pk)
             if flow is not None and flow.claim == run.claim:
                 self._service.interrupt(flow, f"interrupted: worker {worker_name()} was stopped.")
+
+
+class _Entered:
+    """A block that has been entered. An `ExitStack` would set attributes of a task's error."""
+
+    def __init__(self, block: AbstractContextManager[None]) -> None:
+        self._block = block
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        frames: TracebackType | None,
+    ) -> None:
+        self._block.__exit__(kind, error, frames)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -184,12 +184,17 @@ def test_progress_is_written_once_a_second_at_most(
     assert len(written) <= 2 + took[0]
 
 
+class Mute:
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
 @pytest.mark.parametrize(
     "said",
-    [("x",), (None,), (float("nan"),), (1, "ten"), (1, 2, None), (object(),), (True,)],
-    ids=["text", "None", "NaN", "total", "message", "object", "bool"],
+    [("x",), (None,), (float("nan"),), (1, "ten"), (10**5000,), (object(),), (True,), (Mute(),)],
+    ids=["text", "None", "NaN", "total", "huge", "object", "bool", "mute"],
 )
-def test_progress_that_cannot_be_shown_is_one_sentence(
+def test_progress_that_cannot_be_shown_is_a_warning_and_fails_no_task(
     runner: FlowRunner, said: tuple[Any, ...]
 ) -> None:
     def count(context: ExecutionContext) -> ExecutionContext:
@@ -200,8 +205,10 @@ def test_progress_that_cannot_be_shown_is_one_sentence(
     flow = runner.run_flow()
     assert flow is not None
     (attempt,) = flow.task_executions.all()
-    assert attempt.error_type == "InvalidArgument"
-    assert "progress" in attempt.output.splitlines()[0]
+    assert attempt.status == "SUCCEEDED"
+    (line,) = map(json.loads, attempt.log.splitlines())
+    assert line["level"] == "WARNING"
+    assert line["message"].startswith("The progress cannot be shown")
 
 
 def test_outside_of_a_task_progress_is_nothing_and_no_cancel_is_requested() -> None:

@@ -235,3 +235,70 @@ def test_a_task_that_configures_logging_anew_takes_nothing_from_the_next(
     text = TaskExecution.objects.latest("pk").log
     lines = [json.loads(line) for line in text.splitlines()]
     assert messages(lines) == ["card 4242", "charged 3", "told the bank"]
+
+
+# No call on the context fails a task by what it logs
+
+
+class Mute:
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+class Raises(logging.Handler):
+    """A handler of the project's own that does not catch what it raises."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        raise RuntimeError("the log server is away")
+
+
+@pytest.mark.parametrize("level", [logging.WARNING, logging.DEBUG])
+def test_bad_arguments_are_logged_as_they_are_with_a_warning(
+    runner: FlowRunner, level: int
+) -> None:
+    def chat(context: ExecutionContext) -> ExecutionContext:
+        context.log.info("%d", None)
+        context.log.info("only one %s", 1, 2)  # noqa: PLE1205 - what is tested
+        context.log.info("%(name)s", 5)
+        context.log.info(Mute())
+        context.log.info("fine")
+        return context
+
+    logging.getLogger().setLevel(level)
+    lines = logged(runner, chat)
+    assert TaskExecution.objects.get().status == "SUCCEEDED"
+    said = messages(lines)
+    assert said[0] == "%d None"
+    assert said[1].startswith("The record above could not be logged as the task asked: TypeError")
+    assert said[2] == "only one %s 1 2"
+    assert said[4] == "%(name)s 5"
+    assert "Mute object" in said[6]
+    assert said[-1] == "fine"
+    assert [line["level"] for line in lines] == [*["INFO", "WARNING"] * 4, "INFO"]
+
+
+def test_options_that_logging_refuses_fail_no_task(runner: FlowRunner) -> None:
+    def chat(context: ExecutionContext) -> ExecutionContext:
+        context.log.warning("charged", order=4)
+        context.log.warning("deep", stacklevel="x")
+        context.log.log("INFO", "by name")  # type: ignore[arg-type]
+        return context
+
+    lines = logged(runner, chat)
+    assert TaskExecution.objects.get().status == "SUCCEEDED"
+    assert [m for m in messages(lines) if "could not" not in m] == ["charged", "deep", "by name"]
+
+
+def test_a_handler_that_raises_fails_no_task(runner: FlowRunner) -> None:
+    def chat(context: ExecutionContext) -> ExecutionContext:
+        context.log.warning("charged")
+        return context
+
+    handler = Raises()
+    logging.getLogger("ebbs_and_flows.task").addHandler(handler)
+    try:
+        lines = logged(runner, chat)
+    finally:
+        logging.getLogger("ebbs_and_flows.task").removeHandler(handler)
+    assert TaskExecution.objects.get().status == "SUCCEEDED"
+    assert "charged" in messages(lines)

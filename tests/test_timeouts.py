@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import signal
 import threading
 import time
@@ -12,7 +13,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from django.db import connections
+from django.db import connections, transaction
 from django.utils import timezone
 
 from ebbs_and_flows import (
@@ -355,3 +356,76 @@ def test_a_task_time_out_is_no_deadline_and_a_time_out_error_is_one(runner: Flow
     assert issubclass(TaskTimeout, TimeoutError)
     _, error, _ = outcome(runner, limited(0.1, sleep), deadline=600)
     assert error == "TaskTimeout"
+
+
+# Errors that take no attributes
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen(Exception):
+    code: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Slotted(Exception):
+    code: int
+
+
+@pytest.mark.parametrize("error", [Frozen, Slotted])
+@pytest.mark.parametrize("is_atomic", [False, True], ids=["plain", "atomic"])
+@pytest.mark.parametrize("limits", [{}, {"timeout": LONG}], ids=["no limit", "timeout"])
+@pytest.mark.parametrize("of_flow", [{}, {"deadline": LONG}], ids=["", "deadline"])
+def test_an_immutable_error_stays_what_it_is_and_is_retried(
+    runner: FlowRunner,
+    error: type[Exception],
+    is_atomic: bool,
+    limits: dict[str, Any],
+    of_flow: dict[str, Any],
+) -> None:
+    def fail(context: ExecutionContext) -> ExecutionContext:
+        raise error(3)
+
+    retry = Retry(attempts=2, delay=0, jitter=False, on=(error,))
+    failing = task(name="slow", retry=retry, atomic=is_atomic, **limits)(fail)
+    flow, error_type, _ = outcome(runner, failing, **of_flow)
+    assert error_type == f"{__name__}.{error.__name__}"
+    assert flow.status == FlowStatus.RESCHEDULED
+
+
+@pytest.mark.parametrize("error", [Frozen, Slotted])
+def test_an_immutable_error_of_a_coroutine_stays_what_it_is(
+    runner: FlowRunner, error: type[Exception]
+) -> None:
+    async def fail(context: ExecutionContext) -> ExecutionContext:
+        await asyncio.sleep(0)
+        raise error(3)
+
+    _, error_type, _ = outcome(runner, limited(LONG, fail))
+    assert error_type == f"{__name__}.{error.__name__}"
+
+
+@pytest.mark.parametrize("error", [Frozen, Slotted])
+def test_an_immutable_error_of_a_hook_at_the_commit_stays_what_it_is(
+    runner: FlowRunner, error: type[Exception], caplog: pytest.LogCaptureFixture
+) -> None:
+    def hook() -> None:
+        raise error(3)
+
+    def write(context: ExecutionContext) -> ExecutionContext:
+        transaction.on_commit(hook)
+        return context
+
+    flow, _, _ = outcome(runner, task(name="slow", atomic=True)(write))
+    assert flow.status == FlowStatus.SUCCEEDED
+    assert f"what came after its commit has not: {__name__}.{error.__name__}" in caplog.text
+
+
+def test_an_immutable_error_raised_as_the_time_is_over_fails_the_task(runner: FlowRunner) -> None:
+    def overtake(context: ExecutionContext) -> ExecutionContext:
+        try:
+            time.sleep(LONG)
+        finally:
+            raise Frozen(3)
+
+    flow, error_type, _ = outcome(runner, limited(0.1, overtake))
+    assert (flow.status, error_type) == (FlowStatus.FAILED, f"{__name__}.Frozen")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import dataclasses
 import enum
+import importlib.resources
 import json
 import math
 import subprocess
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 from zoneinfo import ZoneInfo
 
+import dateutil.tz
 import pydantic
 import pytest
 from django.contrib.auth.models import Group
@@ -641,3 +643,44 @@ def test_a_decimal_has_one_stored_form_whatever_the_decimal_context() -> None:
         text = encode(Decimal("1.25E+10"))
         assert decode(text) == Decimal("1.25E+10")
     assert text == encode(Decimal("1.25E+10"))
+
+
+# Time zones
+
+
+def keyless() -> ZoneInfo:
+    package = importlib.resources.files("tzdata") / "zoneinfo" / "Europe" / "Berlin"
+    with package.open("rb") as file:
+        return ZoneInfo.from_file(file)
+
+
+def named_otherwise() -> ZoneInfo:
+    package = importlib.resources.files("tzdata") / "zoneinfo" / "Europe" / "Berlin"
+    with package.open("rb") as file:
+        return ZoneInfo.from_file(file, key="Asia/Tokyo")
+
+
+@pytest.mark.parametrize(
+    "zone",
+    [
+        keyless,
+        named_otherwise,
+        lambda: ZoneInfo.no_cache("Europe/Berlin"),
+        lambda: dateutil.tz.gettz("Europe/Berlin"),
+    ],
+    ids=["keyless", "named otherwise", "another object", "dateutil"],
+)
+@pytest.mark.parametrize("kind", ["datetime", "time"])
+def test_a_zone_that_would_not_come_back_equal_is_refused_with_the_remedy(
+    zone: Any, kind: str
+) -> None:
+    value = datetime(2026, 10, 25, 2, 30, tzinfo=zone())
+    with pytest.raises(UnstorableValue, match=r"Store it as value\.\w+\(.*ZoneInfo\("):
+        encode(value if kind == "datetime" else value.timetz())
+
+
+def test_a_zone_of_one_offset_comes_back_equal_whoever_made_it() -> None:
+    for zone in (dateutil.tz.tzutc(), dateutil.tz.tzoffset("x", 3600), UTC):
+        value = datetime(2026, 10, 25, 2, 30, tzinfo=zone)
+        assert decode(encode(value)) == value
+        assert decode(encode(value.timetz())) == value.timetz()

@@ -110,6 +110,28 @@ def seconds_until_sql(connection: Any, moment: str) -> str:
     return f"EXTRACT(EPOCH FROM {moment} - {now})"
 
 
+class _Step(AbstractContextManager[None]):
+    """A durable transaction, begun when it is entered."""
+
+    # Not a generator, as an atomic task's code is within: contextlib sets attributes of the error
+    # that passes through one, which an immutable error refuses with another error.
+    def __init__(self, using: str) -> None:
+        self._using = using
+
+    def __enter__(self) -> None:
+        self._block = transaction.atomic(using=self._using, durable=True)
+        try:
+            self._block.__enter__()
+        except RuntimeError:
+            raise OuterTransaction(
+                "A flow cannot be run inside a transaction, which could undo what its tasks have"
+                " done: call it outside of atomic(), or schedule the flow instead."
+            ) from None
+
+    def __exit__(self, kind: Any, error: Any, frames: Any) -> None:
+        self._block.__exit__(kind, error, frames)
+
+
 class Database:
     """The database that the project's routers choose for flows."""
 
@@ -147,24 +169,9 @@ class Database:
         """A transaction, or a savepoint within the caller's."""
         return transaction.atomic(using=self.using)
 
-    @contextmanager
-    def step(self, using: str | None = None) -> Iterator[None]:
+    def step(self, using: str | None = None) -> AbstractContextManager[None]:
         """A transaction that is durable when it ends; raises `OuterTransaction` within another."""
-        block = transaction.atomic(using=using or self.using, durable=True)
-        try:
-            block.__enter__()
-        except RuntimeError:
-            raise OuterTransaction(
-                "A flow cannot be run inside a transaction, which could undo what its tasks have"
-                " done: call it outside of atomic(), or schedule the flow instead."
-            ) from None
-        try:
-            yield
-        except BaseException as error:
-            block.__exit__(type(error), error, error.__traceback__)
-            raise
-        else:
-            block.__exit__(None, None, None)
+        return _Step(using or self.using)
 
     def transaction(self) -> AbstractContextManager[None]:
         """The step that is under way, or a new one."""
