@@ -174,7 +174,7 @@ class Worker:
 
     def _was_undone(self, error: BaseException, raw: object) -> bool:
         """Whether the database undid a transaction for another one's sake, or lost it."""
-        if not isinstance(error, (OperationalError, InterfaceError)):
+        if not issubclass(type(error), (OperationalError, InterfaceError)):
             return False
         # Django has opened another connection, or none, where this one was lost.
         return is_contention(error) or self._repository.connection.connection is not raw

@@ -247,9 +247,11 @@ ODD: dict[str, Any] = {
 
 
 @pytest.mark.django_db
+@pytest.mark.parametrize("is_atomic", [False, True], ids=["plain", "atomic"])
 @pytest.mark.parametrize("kind", ODD)
-def test_describing_an_error_never_raises(kind: str, runner: FlowRunner) -> None:
-    attempt = last_attempt(runner, ODD[kind](), retry=Retry(attempts=2, delay=0))
+def test_describing_an_error_never_raises(kind: str, is_atomic: bool, runner: FlowRunner) -> None:
+    rule = Retry(attempts=2, delay=0)
+    attempt = last_attempt(runner, ODD[kind](), retry=rule, atomic=is_atomic)
     assert attempt.status == TaskStatus.FAILED
     # The retry rule covers it, whatever its attributes say.
     assert attempt.attempt == 2
