@@ -38,6 +38,11 @@ chaos: $(VENV)/test.stamp
 chaos-short: $(VENV)/test.stamp
 	$(BIN)/python -m tests.chaos short
 
+# A real cluster, each of whose processes is killed 20 times, on the ORM broker and on Redis.
+.PHONY: kill-cluster
+kill-cluster: $(VENV)/test.stamp
+	EBBS_TEST_KILLS=20 $(BIN)/pytest tests/test_cluster_kills.py -q -n 2
+
 # A million flows and ten million attempts, and how long each page of the admin takes with them:
 # on SQLite, or with EBBS_TEST_DATABASE=postgresql.
 .PHONY: seed-million

@@ -1,16 +1,13 @@
-"""Wakes the workers of a django-q2 cluster. The only module that imports django-q2."""
+"""Wakes the workers of a django-q2 cluster."""
 
 from __future__ import annotations
 
 import logging
 import os
-import signal
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from importlib.util import find_spec
-from multiprocessing.synchronize import Event
 from multiprocessing.util import Finalize
 from typing import Any
 
@@ -33,11 +30,12 @@ if not apps.is_installed("django_q"):
     )
 
 from django_q.brokers import Broker, get_broker
-from django_q.cluster import Cluster
 from django_q.conf import Conf
 from django_q.models import Schedule
 from django_q.signals import post_spawn
 from django_q.tasks import async_task
+
+from . import qcluster
 
 logger = logging.getLogger("ebbs_and_flows")
 
@@ -233,7 +231,7 @@ def fire_recurring(name: str, *, intended_at: str, declared: str = "") -> None:
 
 def run_due_flows() -> None:
     """Run due flows for a slice of time; what a message calls."""
-    run_slice(_stop_sign, _enqueue)
+    run_slice(qcluster.is_stopping, _enqueue)
 
 
 def _enqueue() -> None:
@@ -262,35 +260,4 @@ def _broker() -> Broker:
     return broker
 
 
-class _StopSign:
-    """Whether this worker's cluster was told to stop.
-
-    django-q2 stops a cluster by an event that its workers do not get to see: they work off what
-    is queued first. But a cluster forks, and so its workers have the event all the same.
-    """
-
-    INTERVAL = 0.5
-    """Seconds between two looks. A process that is killed at one leaves the event locked."""
-
-    def __init__(self) -> None:
-        self._event: Event | None = None
-        self._seen = False
-        self._next_look = 0.0
-
-    def __call__(self) -> bool:
-        if self._event is not None and not self._seen and time.monotonic() >= self._next_look:
-            self._next_look = time.monotonic() + self.INTERVAL
-            self._seen = self._event.is_set()
-        return self._seen
-
-    def find_event(self) -> None:
-        """Take the event of the cluster whose process has just been forked, if it is one."""
-        # It is the cluster that handles the signals; its first child, the sentinel, inherits that
-        # for a moment, and what is found here is inherited by the workers in turn.
-        cluster = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
-        if isinstance(cluster, Cluster):
-            self._event = cluster.stop_event
-
-
-_stop_sign = _StopSign()
-os.register_at_fork(after_in_child=_stop_sign.find_event)
+qcluster.keep_going()
