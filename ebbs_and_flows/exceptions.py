@@ -67,6 +67,17 @@ class UnreadableValue(EbbsAndFlowsError, ValueError):
     """A stored value that this process cannot decode."""
 
 
+class UnreadableInput(EbbsAndFlowsError, ValueError):
+    """A value that an operator typed cannot be read.
+
+    `is_another_type` is true for good JSON of a type that the entry does not have.
+    """
+
+    def __init__(self, problem: str, *, is_another_type: bool = False) -> None:
+        super().__init__(problem)
+        self.is_another_type = is_another_type
+
+
 class ReferencedObjectGone(EbbsAndFlowsError, LookupError):
     """The model instance that an entry refers to is no longer in the database."""
 

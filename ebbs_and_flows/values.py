@@ -42,7 +42,8 @@ MAX_DEPTH: Final = 100
 # The lowest limit on the digits of an int's text that Python can be set to is 640 (Python docs,
 # "Integer string conversion length limitation"); above this, ints are stored as hex.
 _MAX_PLAIN_BITS: Final = 2048
-_TAG: Final = "$type"
+TAG: Final = "$type"
+"""The name that a stored value's type has."""
 # Two surrogates that JSON would join into one character.
 _SURROGATE_PAIR: Final = re.compile("[\ud800-\udbff][\udc00-\udfff]")
 _ZONE_KEY: Final = re.compile(r"[A-Za-z0-9_+-]+(/[A-Za-z0-9_+-]+)*")
@@ -169,7 +170,7 @@ def _to_node(value: Any, depth: int) -> Any:
 
 
 def _tagged(tag: str, value: Any) -> dict[str, Any]:
-    return {_TAG: tag, "value": value}
+    return {TAG: tag, "value": value}
 
 
 def _itself(value: Any, _depth: int) -> Any:
@@ -214,7 +215,7 @@ def _set_to_node(value: Any, depth: int) -> Any:
 
 
 def _dict_to_node(value: dict[Any, Any], depth: int) -> Any:
-    if _TAG not in value and all(
+    if TAG not in value and all(
         type(key) is str and (key.isascii() or not _SURROGATE_PAIR.search(key)) for key in value
     ):
         return {key: _to_node(item, depth + 1) for key, item in value.items()}
@@ -312,7 +313,7 @@ def _model_to_node(value: Model, depth: int) -> Any:
             f"A context stores a {_path(kind)} as a reference, and this one is not in the"
             " database: save it before returning it."
         )
-    node = {_TAG: "model", "model": label, "pk": _to_node(value.pk, depth + 1)}
+    node = {TAG: "model", "model": label, "pk": _to_node(value.pk, depth + 1)}
     using = value._state.db or DEFAULT_DB_ALIAS
     return node if using == DEFAULT_DB_ALIAS else {**node, "using": using}
 
@@ -323,7 +324,7 @@ def _registered_to_node(value: Any, depth: int) -> Any:
     if issubclass(kind, Enum):
         # A combination of flags has no name of its own.
         node = _to_node(value._value_, depth + 1) if issubclass(kind, Flag) else value._name_
-    elif _is_pydantic(kind):
+    elif is_pydantic(kind):
         node = _pydantic_to_node(value, depth)
     else:
         names = [field.name for field in dataclasses.fields(value)]
@@ -339,7 +340,7 @@ def _pydantic_to_node(value: Any, depth: int) -> Any:
         try:
             dumped = value.model_dump(mode=mode, round_trip=True, by_alias=False)
             node = _to_node(dumped, depth + 1)
-            if _validated(type(value), dumped) == value:
+            if validated(type(value), dumped) == value:
                 return node
         except Exception as error:  # noqa: BLE001 - a validator of the project may raise anything
             refusal = refusal or error
@@ -373,7 +374,7 @@ def _remedy(value: Any) -> str:
     kind = type(value)
     if issubclass(kind, Enum):
         return "register the class with @context_type, or store the member's value"
-    if dataclasses.is_dataclass(kind) or _is_pydantic(kind):
+    if dataclasses.is_dataclass(kind) or is_pydantic(kind):
         return "register the class with @context_type"
     if issubclass(kind, tuple) and hasattr(kind, "_fields"):
         return "convert it to a plain tuple, or make it a dataclass registered with @context_type"
@@ -420,9 +421,9 @@ def _from_node(node: Any) -> Any:
         return [_from_node(item) for item in node]
     if type(node) is not dict:
         return node
-    if _TAG not in node:
+    if TAG not in node:
         return {key: _from_node(item) for key, item in node.items()}
-    tag = node[_TAG]
+    tag = node[TAG]
     decoder = _DECODERS.get(tag) if type(tag) is str else None
     if decoder is None and (type(tag) is not str or tag not in _READERS):
         raise UnreadableValue(
@@ -488,7 +489,8 @@ def _dict_from_node(node: dict[str, Any]) -> dict[Any, Any]:
     return {_from_node(key): _from_node(item) for key, item in _expect(list, node["value"])}
 
 
-def _zone(node: dict[str, Any]) -> ZoneInfo | None:
+def zone_of(node: dict[str, Any]) -> ZoneInfo | None:
+    """Return the named time zone of a stored datetime or time; raises `UnreadableValue`."""
     if "zone" not in node:
         return None
     key = _expect(str, node["zone"])
@@ -517,7 +519,7 @@ def _offset(value: datetime | time, text: str) -> Any:
 def _datetime_from_node(node: dict[str, Any]) -> datetime:
     value = datetime.fromisoformat(_text(node))
     value = value.replace(tzinfo=_offset(value, _text(node)))
-    zone, fold = _zone(node), node.get("fold", 0)
+    zone, fold = zone_of(node), node.get("fold", 0)
     if zone is None:
         return value.replace(fold=fold)
     local = value.replace(tzinfo=zone, fold=fold)
@@ -528,7 +530,7 @@ def _datetime_from_node(node: dict[str, Any]) -> datetime:
 def _time_from_node(node: dict[str, Any]) -> time:
     value = time.fromisoformat(_text(node))
     return value.replace(
-        tzinfo=_zone(node) or _offset(value, _text(node)), fold=node.get("fold", 0)
+        tzinfo=zone_of(node) or _offset(value, _text(node)), fold=node.get("fold", 0)
     )
 
 
@@ -593,7 +595,7 @@ def _canonical(node: Any) -> str:
             return [ordered(item) for item in node]
         if type(node) is dict:
             node = {key: ordered(item) for key, item in node.items()}
-            if node.get(_TAG) == "dict" and type(node.get("value")) is list:
+            if node.get(TAG) == "dict" and type(node.get("value")) is list:
                 node["value"] = sorted(node["value"], key=_dump_sorted)
         return node
 
@@ -615,8 +617,8 @@ def _reader_of(cls: Any) -> Callable[[Any], Any]:
         return cls
     if issubclass(cls, Enum):
         return lambda name: cls[name]
-    if _is_pydantic(cls):
-        return lambda dumped: _validated(cls, dumped)
+    if is_pydantic(cls):
+        return lambda dumped: validated(cls, dumped)
     # Not `is_dataclass`, which is true of a plain subclass too and would lose what that adds.
     if "__dataclass_fields__" not in vars(cls):
         raise UnstorableValue(
@@ -644,11 +646,23 @@ def _make_dataclass(cls: Any, stored: dict[str, Any]) -> Any:
     return made
 
 
-def _is_pydantic(cls: type) -> bool:
+def registered_class(name: object) -> type | None:
+    """Return the class that is registered under a stored name."""
+    return _CLASSES.get(name) if type(name) is str else None
+
+
+def registered_name(cls: type) -> str | None:
+    """Return the name that a registered class is stored under."""
+    return _NAMES.get(cls)
+
+
+def is_pydantic(cls: type) -> bool:
+    """Whether a class is a pydantic model."""
     return hasattr(cls, "model_dump") and hasattr(cls, "model_validate")
 
 
-def _validated(cls: Any, dumped: Any) -> Any:
+def validated(cls: Any, dumped: Any) -> Any:
+    """Return what a pydantic model makes of its fields, given by their names."""
     # Fields go by their names, because a field's aliases for reading and writing may differ.
     return cls.model_validate(dumped, by_alias=False, by_name=True)
 

@@ -26,6 +26,7 @@ from .overview import overview
 from .pages import admin_url, flow_or_refusal, flow_url, may, refuse_other_methods, require
 from .paginator import MAX_COUNT, BoundedPaginator
 from .queries import flows
+from .records import ListedLookups
 from .rerun import rerun_page
 
 MAX_NAMED = 100
@@ -33,7 +34,7 @@ FlowPage = Callable[["FlowExecutionAdmin", HttpRequest, FlowExecution], HttpResp
 
 
 @admin.register(FlowExecution)
-class FlowExecutionAdmin(FlowColumns, admin.ModelAdmin):  # type: ignore[type-arg]
+class FlowExecutionAdmin(FlowColumns, ListedLookups):
     """Flows: to look at, to continue, to rerun, to cancel."""
 
     list_display = (

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from django import forms
@@ -11,10 +11,9 @@ from django.utils.translation import gettext_lazy as _
 from django.utils.translation import pgettext_lazy
 
 from ..context import ExecutionContext
-from ..exceptions import EbbsAndFlowsError, UnreadableValue
+from ..exceptions import EbbsAndFlowsError, UnreadableInput
+from ..operator_input import FindRow, find_any_row, parse, value_like
 from ..validation import MAX_PRIORITY, MIN_PRIORITY, NAME_LENGTH
-from ..values import decode
-from .values_shown import type_of
 
 
 class JsonTextarea(forms.Textarea):
@@ -27,67 +26,47 @@ class JsonTextarea(forms.Textarea):
 
 
 class ContextField(forms.CharField):
-    """Entries as one JSON object; cleans to a dict of decoded values."""
+    """Entries as one JSON object; cleans to a dict of values.
+
+    A value becomes what `types` has under its name, a parsed stored value; others stay as JSON
+    has them.
+    """
 
     widget = JsonTextarea
+    types: Mapping[str, Any] = MappingProxyType({})
+    find_row: FindRow = staticmethod(find_any_row)
 
     def __init__(self, **options: Any) -> None:
         options.setdefault("help_text", _('A JSON object, such as {"order_id": 42}.'))
         super().__init__(required=False, strip=True, **options)
 
     def clean(self, value: Any) -> dict[str, Any]:
-        """Return the entries; a `ValidationError` says where the JSON is wrong."""
+        """Return the entries; a `ValidationError` says what is wrong and where."""
         text = super().clean(value)
-        return dict(_read_entries(text)) if text else {}
+        return self._read(text) if text else {}
 
+    def _read(self, text: str) -> dict[str, Any]:
+        try:
+            given = parse(text)
+            if type(given) is not dict:
+                raise UnreadableInput(
+                    _('Give a JSON object, such as {"order_id": 42}, not a %(type)s.')
+                    % {"type": type(given).__name__}
+                )
+            return dict(ExecutionContext({name: self._value(name, given[name]) for name in given}))
+        except EbbsAndFlowsError as error:
+            raise forms.ValidationError(str(error)) from error
 
-def read_value(text: str) -> Any:
-    """Return the value of a text that was typed in a value's stored form.
-
-    Raises `ValidationError` with what is wrong and where.
-    """
-    try:
-        node = json.loads(text, object_pairs_hook=_each_name_once)
-    except json.JSONDecodeError as error:
-        raise forms.ValidationError(
-            _("This is no JSON: %(problem)s (line %(line)s, column %(column)s)."),
-            params={"problem": error.msg, "line": error.lineno, "column": error.colno},
-        ) from error
-    except RecursionError:
-        raise forms.ValidationError(_("This is nested too deeply.")) from None
-    try:
-        return decode(text)
-    except UnreadableValue as error:
-        raise forms.ValidationError(
-            _("This cannot be read as a value of the type %(type)s: %(problem)s"),
-            params={"type": type_of(node), "problem": str(error.__cause__ or error)},
-        ) from error
-    except EbbsAndFlowsError as error:
-        raise forms.ValidationError(str(error)) from error
-
-
-def _read_entries(text: str) -> Mapping[str, Any]:
-    entries = read_value(text)
-    if type(entries) is not dict:
-        raise forms.ValidationError(
-            _('Give a JSON object, such as {"order_id": 42}, not a %(type)s.'),
-            params={"type": type(entries).__name__},
-        )
-    try:
-        return ExecutionContext(entries)
-    except EbbsAndFlowsError as error:
-        raise forms.ValidationError(str(error)) from error
-
-
-def _each_name_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    entries = dict(pairs)
-    if len(entries) < len(pairs):
-        names = [name for name, _value in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise forms.ValidationError(
-            _("The name %(name)s is there twice."), params={"name": repr(twice)}
-        )
-    return entries
+    def _value(self, name: str, value: Any) -> Any:
+        try:
+            return value_like(value, self.types.get(name), self.find_row)
+        except UnreadableInput as error:
+            if name not in self.types:
+                raise
+            raise UnreadableInput(
+                _("The entry %(name)s cannot be read: %(problem)s")
+                % {"name": repr(name), "problem": error}
+            ) from error
 
 
 class ScheduleForm(forms.Form):
@@ -120,6 +99,12 @@ class ScheduleForm(forms.Form):
         super().__init__(*arguments, **options)
         if has_parameters:
             del self.fields["context"]
+
+    def read_context_like(self, types: Mapping[str, Any], find_row: FindRow) -> None:
+        """Have the context's values read as these, parsed stored values by their names."""
+        if "context" in self.fields:
+            context: Any = self.fields["context"]
+            context.types, context.find_row = types, find_row
 
 
 class ByHandForm(forms.Form):

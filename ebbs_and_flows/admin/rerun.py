@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,17 +18,18 @@ from django.utils.html import format_html
 from django.utils.translation import gettext as _
 from django.utils.translation import gettext_lazy
 
-from ..exceptions import EbbsAndFlowsError
+from ..exceptions import EbbsAndFlowsError, UnreadableInput
 from ..models import FlowExecution
+from ..operator_input import FindRow, is_unchanged, parse, read_like, value_like
 from ..runner import flow_runner
 from ..status import FlowStatus
-from ..values import encode, same_value
 from .entries import flow_entries
-from .forms import JsonTextarea, read_value
+from .forms import JsonTextarea
 from .pages import SEE_VALUES, actor, flow_url, log, may, page_context
 from .pieces import pill, progress
 from .queries import bounded_counts
-from .values_shown import ShownValue, shown_value, type_of
+from .rows import visible_rows
+from .values_shown import ShownValue, shown_value
 
 TEMPLATE = "admin/ebbs_and_flows/flowexecution/rerun_from.html"
 MAX_EDITABLE = 100
@@ -63,10 +65,17 @@ class RerunForm(forms.Form):
         help_text=gettext_lazy('As JSON, a text in quotes: "tea".'),
     )
 
-    def __init__(self, entries: list[EditableEntry], flow: FlowExecution, data: Any = None):
+    def __init__(
+        self,
+        entries: list[EditableEntry],
+        find_node: Callable[[str], Any],
+        find_row: FindRow,
+        data: Any = None,
+    ) -> None:
         super().__init__(data)
+        self._find_node = find_node
+        self._find_row = find_row
         self.entries = {entry.pk: entry for entry in entries}
-        self._flow = flow
         self._wrong_types: set[int] = set()
         for entry in entries:
             rows = min(entry.value.json.count("\n") + 1, 12)
@@ -112,30 +121,20 @@ class RerunForm(forms.Form):
             if entry.is_prefilled:
                 self.add_error(name, _('Give a value as JSON: null for None, "" for no text.'))
             return
-        if entry.is_prefilled and same_value(text, entry.stored):
+        node = self._find_node(entry.name)
+        if entry.is_prefilled and is_unchanged(text, node):
             return
         try:
-            value = read_value(text)
-            new_type = type_of(json.loads(encode(value)))
-        except forms.ValidationError as error:
-            self.add_error(name, error)
-            return
-        except EbbsAndFlowsError as error:
-            self.add_error(name, str(error))
-            return
-        old_type = entry.value.type or type_of(_stored_node(self._flow, entry.pk))
-        if new_type != old_type and not cleaned.get(f"retype_{entry.pk}"):
-            self._wrong_types.add(entry.pk)
-            self.add_error(
-                name,
-                _(
-                    "It is a value of the type %(old)s, and this is of the type %(new)s: keep the"
-                    " type, or tick that another type is meant."
-                )
-                % {"old": old_type, "new": new_type},
-            )
-            return
-        changes[entry.name] = value
+            if cleaned.get(f"retype_{entry.pk}"):
+                changes[entry.name] = value_like(parse(text), None, self._find_row)
+            else:
+                changes[entry.name] = read_like(text, node, self._find_row)
+        except UnreadableInput as error:
+            problem = str(error)
+            if error.is_another_type:
+                self._wrong_types.add(entry.pk)
+                problem += " " + _("Or tick that another type is meant.")
+            self.add_error(name, problem)
 
     def _clean_other(self, cleaned: dict[str, Any], changes: dict[str, Any]) -> None:
         name, text = cleaned.get("other_name", ""), cleaned.get("other_value", "")
@@ -149,9 +148,10 @@ class RerunForm(forms.Form):
             self.add_error("other_name", _("This entry is changed above."))
         else:
             try:
-                changes[name] = read_value(text)
-            except forms.ValidationError as error:
-                self.add_error("other_value", error)
+                node = self._find_node(name)
+                changes[name] = read_like(text, node, self._find_row)
+            except UnreadableInput as error:
+                self.add_error("other_value", str(error))
 
 
 def rerun_page(
@@ -163,7 +163,12 @@ def rerun_page(
     may_see_values = may(request, SEE_VALUES)
     entries, more = _entries(flow, chosen) if may_see_values else ([], 0)
     is_post = request.method == "POST"
-    form = RerunForm(entries, flow, request.POST if is_post else None)
+    form = RerunForm(
+        entries,
+        lambda name: _stored_node(flow, name),
+        visible_rows(model_admin.admin_site, request),
+        request.POST if is_post else None,
+    )
     if not may_see_values:
         form.fields.clear()
     if is_post and choices and form.is_valid():
@@ -267,5 +272,11 @@ def _entries(flow: FlowExecution, index: int) -> tuple[list[EditableEntry], int]
     ], more
 
 
-def _stored_node(flow: FlowExecution, pk: int) -> Any:
-    return json.loads(flow_entries(flow).values_list("value", flat=True).get(pk=pk))
+def _stored_node(flow: FlowExecution, name: str) -> Any:
+    """Return an entry's stored value, parsed; None for one that is not there."""
+    stored = flow_entries(flow).filter(name=name).values_list("value", flat=True).first()
+    try:
+        return json.loads(stored or "null")
+    except (ValueError, RecursionError):
+        # Changed by hand: whoever corrects it says which type it has.
+        return None

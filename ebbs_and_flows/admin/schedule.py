@@ -15,12 +15,14 @@ from django.utils.translation import gettext as _
 from ..exceptions import EbbsAndFlowsError
 from ..flows import CleanedParameters, FlowTemplate
 from ..models import FlowExecution
+from ..operator_input import plain
 from ..runner import flow_runner
 from ..service import flow_service
 from .entries import flow_entries
 from .forms import ScheduleForm
 from .pages import SEE_VALUES, actor, flow_url, log, may, page_context
 from .queries import flows
+from .rows import visible_rows
 from .values_shown import shown_value
 
 TEMPLATE = "admin/ebbs_and_flows/flowtemplatestate/schedule.html"
@@ -36,13 +38,15 @@ def schedule_page(
     is_post = request.method == "POST"
     last = flows().filter(template_name=template.name).order_by("-pk").first()
     offers = last is not None and may(request, SEE_VALUES)
-    like = last if offers and "like" in request.GET else None
-    offered = _first_context(like) if like is not None else {}
+    like = _like(request, template) if offers else None
+    stored = _first_context(like) if like is not None else {}
+    offered = {name: plain(node) for name, node in stored.items()}
     form = ScheduleForm(
         request.POST if is_post else None,
         has_parameters=template.parameters is not None,
         initial={"context": json.dumps(offered, ensure_ascii=False, indent=2)} if offered else {},
     )
+    form.read_context_like(stored, visible_rows(model_admin.admin_site, request))
     parameters = _parameters(template, request, offered)
     # Both are asked, so that all errors are shown at once.
     is_valid = all([form.is_valid(), parameters is None or parameters.is_valid()])
@@ -63,7 +67,7 @@ def schedule_page(
         form=form,
         parameters=parameters,
         last=last if offers else None,
-        is_offered=bool(like),
+        like=like,
         crumb=_("Schedule a run"),
     )
     context["media"] += form.media + (
@@ -78,8 +82,15 @@ def _parameters(template: FlowTemplate, request: HttpRequest, offered: dict[str,
     parameters: Any = template.parameters
     if request.method == "POST":
         return parameters(request.POST, request.FILES, prefix=PREFIX)
-    plain = {name: value for name, value in offered.items() if not isinstance(value, dict)}
-    return parameters(initial=plain, prefix=PREFIX)
+    return parameters(initial=offered, prefix=PREFIX)
+
+
+def _like(request: HttpRequest, template: FlowTemplate) -> FlowExecution | None:
+    """Return the flow whose context the run is to begin with, if the query names one."""
+    text = request.GET.get("like", "")
+    if not (text.isascii() and text.isdigit() and len(text) < 19):
+        return None
+    return flows().filter(template_name=template.name, pk=int(text)).first()
 
 
 def _schedule(

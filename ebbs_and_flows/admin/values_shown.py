@@ -9,12 +9,17 @@ from typing import Any
 from django.utils.translation import gettext as _
 from django.views.debug import get_default_exception_reporter_filter
 
+from ..operator_input import NoPlainForm, plain, type_name
+
 FOLDED_ABOVE = 160
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShownValue:
-    """A stored value as a page shows it; `json` is all of it, empty where a part is hidden."""
+    """A stored value as a page shows it.
+
+    `json` is all of it as plain JSON, empty where a part is hidden or has no plain form.
+    """
 
     type: str
     text: str
@@ -43,10 +48,10 @@ def shown_value(name: str, stored: str, size: int) -> ShownValue:
     masked = _masked(node)
     text = _readable(_plain(masked))
     return ShownValue(
-        type=type_of(node),
+        type=type_name(node),
         text=text,
         is_long=len(text) > FOLDED_ABOVE,
-        json=_readable(node) if masked == node else "",
+        json=_editable(node) if masked == node else "",
     )
 
 
@@ -71,11 +76,11 @@ def _readable(node: Any) -> str:
     return text
 
 
-def type_of(node: Any) -> str:
-    """Return the name of the type that a parsed value is stored as."""
-    if isinstance(node, dict):
-        return str(node.get("model") or node.get("$type") or "dict")
-    return "None" if node is None else type(node).__name__
+def _editable(node: Any) -> str:
+    try:
+        return _readable(plain(node))
+    except NoPlainForm:
+        return ""
 
 
 def _looks_secret(name: str) -> bool:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import getpass
-import json
-import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -17,9 +15,11 @@ from django.utils import timezone
 from django.utils.dateparse import parse_date, parse_datetime
 
 from .. import clock
-from ..exceptions import EbbsAndFlowsError, FlowTemplateNotFound
+from ..exceptions import EbbsAndFlowsError, FlowTemplateNotFound, UnreadableInput
+from ..operator_input import find_any_row, parse, read_like, value_like
 from ..runner import flow_runner
 from ..validation import NAME_LENGTH
+from ..values import TAG
 
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 _DURATION = re.compile(r"(\d{1,9})([smhdw])", re.ASCII)
@@ -57,31 +57,61 @@ def actor(command: str) -> str:
 # Entries
 
 
-def entries(given: Iterable[str] | None, as_json: str | None = None) -> dict[str, Any]:
+def entries(
+    given: Iterable[str] | None,
+    as_json: str | None = None,
+    *,
+    types: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """Return the entries of `name=value` texts and of one JSON object.
 
-    A value of the former that is JSON is read as JSON, any other is a text.
+    A value becomes what `types` has under its name, a parsed stored value. Otherwise one that is
+    JSON is read as JSON, and any other is a text.
     """
-    found = {} if as_json is None else _object(as_json)
+    known = types or {}
+    found = {} if as_json is None else _object(as_json, known)
     for text in given or ():
         name, separator, value = text.partition("=")
         if not separator or not name:
             raise CommandError(f"--entry {text[:80]!r} is no entry: write it as name=value.")
         if name in found:
             raise CommandError(f"The entry {name!r} is given twice: give each name once.")
-        try:
-            found[name] = _json(value)
-        except (ValueError, RecursionError):
-            found[name] = value
+        found[name] = _value(name, value, known.get(name))
     return found
 
 
-def _object(text: str) -> dict[str, Any]:
+def _value(name: str, text: str, node: Any) -> Any:
+    """Return the value of a text that may be JSON."""
     try:
-        found = _json(text)
-    except (ValueError, RecursionError) as error:
+        try:
+            return read_like(text, node, find_any_row)
+        except UnreadableInput as error:
+            if TAG in text and text.lstrip()[:1] in {"{", "["}:
+                raise
+            # A text without quotes; where it is no text of this type, that is what is wrong.
+            refusal = error
+        try:
+            return value_like(text, node, find_any_row)
+        except UnreadableInput as error:
+            raise refusal if _is_json(text) else error from None
+    except UnreadableInput as error:
+        raise CommandError(f"The entry {name!r} cannot be read: {error}") from error
+
+
+def _is_json(text: str) -> bool:
+    try:
+        parse(text)
+    except UnreadableInput:
+        return False
+    return True
+
+
+def _object(text: str, types: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        found = parse(text)
+    except UnreadableInput as error:
         raise CommandError(
-            f"--entries-json {text[:80]!r} is not JSON ({first_line(error)}): give an object, such"
+            f"--entries-json {text[:80]!r} is not JSON ({error}): give an object, such"
             f' as {{"order_id": 42}}.'
         ) from error
     if not isinstance(found, dict):
@@ -89,35 +119,12 @@ def _object(text: str) -> dict[str, Any]:
             f"--entries-json {text[:80]!r} is no JSON object: give names with their values, such"
             f' as {{"order_id": 42}}.'
         )
-    return found
-
-
-def _json(text: str) -> Any:
-    return json.loads(
-        text,
-        parse_constant=_refuse_number,
-        parse_float=_finite,
-        object_pairs_hook=_each_name_once,
-    )
-
-
-def _refuse_number(text: str) -> Any:
-    raise ValueError(f"{text} is no number in JSON")
-
-
-def _finite(text: str) -> float:
-    number = float(text)
-    # Too large for a float, which would silently store infinity.
-    return number if math.isfinite(number) else _refuse_number(text)
-
-
-def _each_name_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in found:
-            raise CommandError(f"The name {name!r} is given twice in JSON: give each name once.")
-        found[name] = value
-    return found
+    try:
+        return {
+            name: value_like(value, types.get(name), find_any_row) for name, value in found.items()
+        }
+    except UnreadableInput as error:
+        raise CommandError(f"--entries-json cannot be read: {error}") from error
 
 
 # Times

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -69,28 +70,28 @@ class Command(FlowCommand):
                 else:
                     self._reschedule(flows)
             else:
-                changes = entries(options["entry"]) if forking else None
+                given = (options["entry"] or []) if forking else None
                 pks = flow_ids(options["id"])
-                self._rerun(pks, options["from_task"], changes, options["dry_run"])
+                self._rerun(pks, options["from_task"], given, options["dry_run"])
 
     def _rerun(
         self,
         pks: list[int],
         from_task: str | None,
-        changes: dict[str, Any] | None,
+        given: list[str] | None,
         dry_run: bool,
     ) -> None:
-        """Rerun these flows; `changes` that are None leave what failed to be continued."""
+        """Rerun these flows; with `given` None, what failed is continued."""
         repository = flow_runner.service.repository
         lines = []
         # All or none: a mistake in the last id leaves the first one as it is.
         with repository.atomic():
             for pk in pks:
                 flow = flow_runner.service.get_flow_execution(pk)
-                if changes is None and flow.status not in _RUN_AGAIN:
+                if given is None and flow.status not in _RUN_AGAIN:
                     lines.append(self._continue(flow, dry_run))
                 else:
-                    lines.append(self._fork(flow, from_task, changes, dry_run))
+                    lines.append(self._fork(flow, from_task, given, dry_run))
             if dry_run:
                 # Done and undone, so that whatever would be refused is refused now.
                 transaction.set_rollback(True, using=repository.using)
@@ -104,12 +105,12 @@ class Command(FlowCommand):
 
     @staticmethod
     def _fork(
-        flow: FlowExecution, from_task: str | None, changes: dict[str, Any] | None, dry_run: bool
+        flow: FlowExecution, from_task: str | None, given: list[str] | None, dry_run: bool
     ) -> str:
         fork = flow_runner.fork_flow_execution(
             flow,
             from_task=flow.first_task_index if from_task is None else _task(flow, from_task),
-            changes=changes,
+            changes=entries(given, types=_stored_nodes(flow)) if given else None,
             actor=actor("rerunflow"),
         )
         if flow.status in _RUN_AGAIN and from_task is None:
@@ -150,6 +151,11 @@ _RUN_AGAIN: dict[str, str] = {
     FlowStatus.SUCCEEDED: "had succeeded",
     FlowStatus.CANCELLED: "had been cancelled",
 }
+
+
+def _stored_nodes(flow: FlowExecution) -> dict[str, Any]:
+    stored = flow_runner.service.repository.stored_entries(flow.pk)
+    return {name: json.loads(text) for name, text in stored.items()}
 
 
 def _in_batches(flows: QuerySet[FlowExecution]) -> Iterator[list[int]]:
