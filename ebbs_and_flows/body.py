@@ -7,12 +7,14 @@ import inspect
 import logging
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from asgiref.sync import async_to_sync
-from django.db import connections
+from django.db import InterfaceError, OperationalError, connections
 
 from .conf import get_settings
 from .context import ExecutionContext
@@ -32,6 +34,10 @@ from .transactions import end_left_open, state_of_transactions
 from .validation import storable_text
 
 logger = logging.getLogger("ebbs_and_flows")
+
+
+_OUTAGE_PAUSE = 0.2
+"""Seconds between two tries to reach a database that does not answer."""
 
 
 class BodyFailed(Exception):
@@ -77,6 +83,20 @@ class AttemptInProgress:
         self._watched = watched
         self._is_cancelled = False
         self._asked_at = 0.0
+        self._is_atomic = False
+        self._is_over = False
+        self._is_key_marked = False
+
+    def of(self, task: Task) -> AttemptInProgress:
+        """Return the next attempt of the run, at that task."""
+        attempt = AttemptInProgress(self._service, self._run, self._watched, self.keeper)
+        attempt._is_cancelled = self._is_cancelled
+        attempt._is_atomic = task.atomic
+        return attempt
+
+    def end(self) -> None:
+        """Take in that the task has returned or raised: a later look at its key is no use."""
+        self._is_over = True
 
     def is_cancel_requested(self) -> bool:
         """Whether the task should stop, as the flow is to be cancelled or the claim is lost.
@@ -89,24 +109,20 @@ class AttemptInProgress:
         if not self._is_cancelled and time.monotonic() >= self._asked_at + 1:
             self._asked_at = time.monotonic()
             if self._needs_another_connection():
-                thread = threading.Thread(target=self._ask_and_close)
-                thread.start()
-                thread.join()
+                _do_on_another_connection(self._ask)
             else:
                 self._ask()
         return self._is_cancelled
 
     def _needs_another_connection(self) -> bool:
         """Whether this thread's own connection cannot be asked."""
-        try:
-            asyncio.get_running_loop()
-        except RuntimeError:
-            # A question that fails would abort the transaction of an atomic task. In a test's
-            # transaction, another connection would not see the flow.
-            is_atomic = self._service.repository.connection.in_atomic_block
-            return is_atomic and self._watched is not None
         # Django allows no query in the thread of an event loop.
-        return True
+        if _in_event_loop():
+            return True
+        # A query that fails would abort the transaction of an atomic task. In a test's
+        # transaction, another connection would not see the flow.
+        is_atomic = self._service.repository.connection.in_atomic_block
+        return is_atomic and self._watched is not None
 
     def _ask(self) -> None:
         repository = self._service.repository
@@ -123,11 +139,34 @@ class AttemptInProgress:
             )
             repository.close_if_lost()
 
-    def _ask_and_close(self) -> None:
-        try:
-            self._ask()
-        finally:
-            connections.close_all()
+    def mark_idempotency_key_used(self) -> None:
+        """Store once that the attempt has read its key; wait while the database is away.
+
+        The mark survives the rollback of an atomic task. On SQLite, where only one transaction
+        can write, it is a part of that. Raises `ClaimLost`.
+        """
+        if self._is_key_marked or self._is_over:
+            return
+        if self._is_atomic and self._service.repository.connection.vendor == "sqlite":
+            if not _in_event_loop():
+                self._service.mark_idempotency_key_used(self._run)
+        elif self._needs_another_connection():
+            _do_on_another_connection(self._mark)
+        else:
+            self._mark()
+        self._is_key_marked = True
+
+    def _mark(self) -> None:
+        until = time.monotonic() + get_settings().LEASE_SECONDS
+        while True:
+            try:
+                return self._service.mark_idempotency_key_used(self._run)
+            except (OperationalError, InterfaceError):
+                connection = self._service.repository.connection
+                if connection.in_atomic_block or time.monotonic() >= until:
+                    raise
+                connection.close()
+                time.sleep(_OUTAGE_PAUSE)
 
     def report_progress(self, done: float, total: float | None, message: str) -> None:
         """Hand it to the heartbeat, which writes it at most once a second."""
@@ -140,6 +179,32 @@ class AttemptInProgress:
         keep(record)
 
 
+def _in_event_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _do_on_another_connection(action: Callable[[], None]) -> None:
+    """Do it in a thread of its own, and raise what it raises."""
+    done: Future[None] = Future()
+
+    def act() -> None:
+        try:
+            action()
+        except BaseException as error:  # noqa: BLE001 - raised where it was asked for
+            done.set_exception(error)
+        else:
+            done.set_result(None)
+        finally:
+            connections.close_all()
+
+    threading.Thread(target=act, daemon=True).start()
+    done.result()
+
+
 def run_body(
     task: Task, run: ClaimedRun, attempt: AttemptInProgress, ends_at: float | None
 ) -> Outcome:
@@ -147,13 +212,13 @@ def run_body(
 
     `ends_at` is the flow's deadline on the monotonic clock, None where there is none.
     """
-    settings = get_settings()
+    settings, attempt = get_settings(), attempt.of(task)
     context = ExecutionContext.from_stored(
         run.stored,
         flow_execution_id=run.flow.pk,
         task_name=run.task_name,
         attempt=run.attempt,
-        idempotency_key=f"{run.flow.pk}-{run.task_index}-{run.task_name}",
+        token=run.flow.token,
         attempt_in_progress=attempt,
     )
     before = state_of_transactions()
@@ -180,6 +245,8 @@ def run_body(
             end_left_open(before, error)
             # SystemExit and a cancelled coroutine too: the process goes on, the attempt not.
             raise BodyFailed(error, str(log)) from error
+        finally:
+            attempt.end()
     return Outcome(entries, str(log))
 
 

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import logging
 import math
+import re
 import unicodedata
 from collections.abc import Iterator, Mapping
+from datetime import date, datetime
+from decimal import Decimal
 from functools import lru_cache
 from types import GenericAlias
 from typing import Any, Final, Protocol, Self, TypeVar
+from uuid import UUID
 
 from .exceptions import (
     ChangedEntry,
     DuplicateEntry,
     EntryTooLarge,
     FrozenContext,
+    InvalidArgument,
     InvalidEntryName,
     ReferencedObjectGone,
     UnreadableValue,
@@ -33,6 +39,10 @@ MAX_PROGRESS_MESSAGE: Final = 1000
 _REFUSED_CATEGORIES: Final = frozenset({"Cc", "Cs", "Zl", "Zp"})
 
 
+_KEY_PARTS: Final = (str, int, Decimal, UUID, date, datetime)
+"""Types whose values have one text on every machine and in every release."""
+_PLAIN_NAME: Final = re.compile("[A-Za-z0-9_.-]+")
+
 T = TypeVar("T")
 
 
@@ -41,6 +51,9 @@ class Attempt(Protocol):
 
     def is_cancel_requested(self) -> bool:
         """Whether the flow is to be cancelled at the end of this task."""
+
+    def mark_idempotency_key_used(self) -> None:
+        """Store that the attempt has read its idempotency key; raises `ClaimLost`."""
 
     def report_progress(self, done: float, total: float | None, message: str) -> None:
         """Show how far the attempt is."""
@@ -112,9 +125,8 @@ class ExecutionContext(Mapping[str, Any]):
     """The named values that travel through a flow, and what a task may know of its attempt.
 
     The context that a task receives is frozen, and its values are decoded on first access.
-    `flow_execution_id` is the flow's primary key, `attempt` counts from 1, and `idempotency_key`
-    is the same over all attempts at one task of one flow. Outside of a task they are None, 0
-    and empty.
+    `flow_execution_id` is the flow's primary key, and `attempt` counts from 1. Outside of a task
+    they are None and 0.
 
     Raises `InvalidEntryName` for a name that no entry can have, `UnstorableValue` (a `TypeError`)
     for entries that are not a mapping.
@@ -126,16 +138,15 @@ class ExecutionContext(Mapping[str, Any]):
         "_decoded",
         "_frozen",
         "_stored",
+        "_token",
         "attempt",
         "flow_execution_id",
-        "idempotency_key",
         "task_name",
     )
 
     flow_execution_id: int | None
     task_name: str
     attempt: int
-    idempotency_key: str
 
     def __init__(self, entries: Mapping[str, Any] | None = None) -> None:
         if entries is not None and not isinstance(entries, Mapping):
@@ -151,7 +162,7 @@ class ExecutionContext(Mapping[str, Any]):
         self.flow_execution_id = None
         self.task_name = ""
         self.attempt = 0
-        self.idempotency_key = ""
+        self._token = ""
         if isinstance(entries, ExecutionContext):
             self._take_entries(entries)
         elif entries is not None:
@@ -166,7 +177,7 @@ class ExecutionContext(Mapping[str, Any]):
         flow_execution_id: int | None = None,
         task_name: str = "",
         attempt: int = 0,
-        idempotency_key: str = "",
+        token: str = "",
         attempt_in_progress: Attempt | None = None,
     ) -> Self:
         """Return the frozen context of a task, from the names and texts of its stored entries.
@@ -182,13 +193,57 @@ class ExecutionContext(Mapping[str, Any]):
         context.flow_execution_id = flow_execution_id
         context.task_name = task_name
         context.attempt = attempt
-        context.idempotency_key = idempotency_key
+        context._token = token
         return context
 
     @property
     def cancel_requested(self) -> bool:
         """Whether somebody wants the flow cancelled; it is, when this task has ended."""
         return self._attempt is not None and self._attempt.is_cancel_requested()
+
+    @property
+    def idempotency_key(self) -> str:
+        """A key for one call to an outside system, which can tell a repeated call by it.
+
+        It is made of the flow's random token and the task's name alone: it is the same over all
+        attempts and reschedules, deploys and restores, and never the same in two flows. It has at
+        most 250 printable ASCII characters, and is empty outside of a task. That it was read is
+        stored first; raises `ClaimLost` if another worker holds the flow.
+        """
+        return self._key()
+
+    def idempotency_key_for(self, *parts: object) -> str:
+        """Return the key of one of several calls, such as `("charge", customer.pk)`.
+
+        Equal parts of equal types give the same key. Each part is a text, a whole number, a
+        Decimal, a UUID, a date or a datetime. Raises `InvalidArgument` for no part and for a part
+        of another type, and what `idempotency_key` raises.
+        """
+        if not parts:
+            raise InvalidArgument(
+                "idempotency_key_for() takes what tells the calls apart: give it, for example,"
+                " the row's primary key."
+            )
+        for part in parts:
+            if type(part) not in _KEY_PARTS:
+                names = ", ".join(kind.__name__ for kind in _KEY_PARTS)
+                raise InvalidArgument(
+                    f"idempotency_key_for() was given {part!r}, a {type(part).__qualname__}: give"
+                    f" values of these types: {names}."
+                )
+        return self._key(*parts)
+
+    def _key(self, *parts: object) -> str:
+        if not self._token:
+            return ""
+        if self._attempt is not None:
+            self._attempt.mark_idempotency_key_used()
+        name = self.task_name
+        if not parts and _PLAIN_NAME.fullmatch(name):
+            return f"{self._token}-{name}"
+        # Header fields and columns of outside systems take neither every character nor length.
+        text = encode([name, *parts])
+        return f"{self._token}-{hashlib.sha256(text.encode()).hexdigest()}"
 
     @property
     def log(self) -> logging.LoggerAdapter[logging.Logger]:
@@ -326,7 +381,7 @@ class ExecutionContext(Mapping[str, Any]):
                 flow_execution_id=self.flow_execution_id,
                 task_name=self.task_name,
                 attempt=self.attempt,
-                idempotency_key=self.idempotency_key,
+                token=self._token,
             )
         else:
             # A subclass has attributes of its own.

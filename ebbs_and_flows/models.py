@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import secrets
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from django.core.validators import MaxValueValidator, MinValueValidator
@@ -69,6 +70,11 @@ class PartialIndex(models.Index):
         return index.create_sql(model, schema_editor, using, **options)
 
 
+def new_token() -> str:
+    """Return 128 random bits as 32 hexadecimal digits."""
+    return secrets.token_hex(16)
+
+
 def _one_of(field: str, choices: type[models.TextChoices]) -> models.CheckConstraint:
     return models.CheckConstraint(
         condition=Q(**{f"{field}__in": [str(value) for value in choices.values]}),
@@ -79,6 +85,8 @@ def _one_of(field: str, choices: type[models.TextChoices]) -> models.CheckConstr
 class FlowExecution(models.Model):
     """One run of a flow template."""
 
+    # What idempotency keys are made of, so that no two flows share one anywhere.
+    token = models.CharField(max_length=32, default=new_token, editable=False)
     template_name = ExactCharField(_("template"), max_length=NAME_LENGTH)
     task_names = models.JSONField(_("tasks"), help_text=_("The tasks' names as they were."))
     first_task_index = models.PositiveIntegerField(default=0)
@@ -260,6 +268,10 @@ class TaskExecution(models.Model):
         _("message"), max_length=MESSAGE_LENGTH, blank=True, default="", db_default=""
     )
     traceback = ExactTextField(_("traceback"), blank=True, default="", db_default="")
+    # Stored before the key is handed out: an outside system may know it from then on.
+    used_idempotency_key = models.BooleanField(
+        _("used its idempotency key"), default=False, db_default=False
+    )
 
     class Meta:
         verbose_name = _("task execution")

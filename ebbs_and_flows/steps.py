@@ -368,6 +368,11 @@ class StepService:
         if attempt is None or attempt.status == TaskStatus.RUNNING or _is_interrupted(attempt):
             self._recorded(run, task_execution_id)
 
+    def mark_idempotency_key_used(self, run: ClaimedRun) -> None:
+        """Store that the run's attempt has read its idempotency key; raises `ClaimLost`."""
+        if not self.repository.mark_idempotency_key_used(run):
+            raise self._claim_lost(run)
+
     def _recorded(self, run: ClaimedRun, task_execution_id: int) -> TaskExecution:
         """Return a run's attempt as it is stored; raises `ClaimLost` if the claim is lost."""
         flow = self.repository.find(run.flow.pk)

@@ -29,7 +29,7 @@ MAX_BYTES = 1024 * 1024
 
 def task_context(**stored: str) -> ExecutionContext:
     return ExecutionContext.from_stored(
-        stored, flow_execution_id=7, task_name="charge", attempt=2, idempotency_key="7-0"
+        stored, flow_execution_id=7, task_name="charge", attempt=2, token="5e"
     )
 
 
@@ -179,7 +179,7 @@ def test_a_copy_can_be_added_to_and_keeps_the_attributes(copied: Any) -> None:
     context.add("b", 2)
     assert context == {"a": 1, "b": 2}
     assert original == {"a": 1}
-    assert metadata(context) == (7, "charge", 2, "7-0")
+    assert metadata(context) == (7, "charge", 2, "5e-charge")
 
 
 def test_with_entries_leaves_the_original_as_it_is() -> None:

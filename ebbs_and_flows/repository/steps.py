@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from datetime import timedelta
 from typing import Any
 
-from django.db.models import Max, QuerySet
+from django.db.models import Exists, Max, QuerySet
 
 from ..models import FlowExecution, TaskExecution
 from ..status import FlowStatus, TaskStatus
@@ -250,6 +250,15 @@ class StepRepository(Database):
         return self.attempts.filter(flow_execution=flow_id, status=TaskStatus.RUNNING).update(
             finished_at=DatabaseNow(), **values
         )
+
+    def mark_idempotency_key_used(self, run: ClaimedRun) -> bool:
+        """Store that the attempt has read its idempotency key; False if the claim is lost."""
+        running = self.attempts.filter(
+            Exists(self.held(run.flow.pk, run.claim)),
+            pk=run.task_execution_id,
+            status=TaskStatus.RUNNING,
+        )
+        return running.update(used_idempotency_key=True) == 1
 
     def report_progress(self, run: ClaimedRun, progress: str, lease: timedelta) -> bool:
         """Store what an attempt says of itself and renew its lease; False if the claim is lost."""
