@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 from django.conf import settings
@@ -10,7 +11,7 @@ from django.db import connections, router
 
 from .conf import get_settings, problems
 from .engines import get_engine
-from .exceptions import ImproperSetting
+from .exceptions import EbbsAndFlowsError, ImproperSetting
 
 SHORTEST_LEASE = 10.0
 """Seconds; a lease that is not longer is warned about."""
@@ -44,6 +45,7 @@ def check_settings(**kwargs: Any) -> list[CheckMessage]:
         )
     found += _check_engine(using)
     found += _check_templates()
+    found += _check_recurring(may_ask=kwargs.get("databases") is not None)
     found += _check_lease(using)
     if connections[using].vendor == "sqlite":
         found += _check_sqlite(using)
@@ -121,3 +123,41 @@ def _check_templates() -> list[CheckMessage]:
         for template in flow_runner.templates.values()
         if not template.tasks
     ]
+
+
+class _AsksDatabase(Exception):
+    """Raised by a query that a form makes during the checks."""
+
+
+def _refuse_query(*_: Any) -> Any:
+    raise _AsksDatabase
+
+
+def _check_recurring(*, may_ask: bool) -> list[CheckMessage]:
+    """Return which recurring flows their own template's form would refuse.
+
+    A form that asks the database is tried only with `check --database`: there may be none yet.
+    """
+    from .runner import flow_runner
+
+    found: list[CheckMessage] = []
+    for recurrence in flow_runner.recurrences.values():
+        template = flow_runner.templates.get(recurrence.template_name)
+        if template is None or template.parameters is None:
+            continue
+        try:
+            with ExitStack() as refused:
+                for connection in () if may_ask else connections.all():
+                    refused.enter_context(connection.execute_wrapper(_refuse_query))
+                template.clean(recurrence.context)
+        except EbbsAndFlowsError as error:
+            found.append(
+                Warning(
+                    f"The recurring flow {recurrence.name!r} is refused each time: {error}",
+                    hint="Give schedule_recurring a context that the template's parameters take.",
+                    id="ebbs_and_flows.W021",
+                )
+            )
+        except Exception:  # noqa: BLE001, S112 - a form of the project's that cannot be tried here
+            continue
+    return found

@@ -376,6 +376,23 @@ class FlowTemplateState(models.Model):
         return str(self.template_name)
 
 
+class RecurringFlowState(models.Model):
+    """Why the last due time of a recurring flow made no flow; no row where it did."""
+
+    name = ExactCharField(_("recurring flow"), max_length=NAME_LENGTH, unique=True)
+    # The due time that was refused last.
+    refused_for = models.DateTimeField(_("refused for"))
+    refusal = ExactTextField(_("refusal"))
+
+    class Meta:
+        verbose_name = _("state of a recurring flow")
+        verbose_name_plural = _("states of recurring flows")
+        default_permissions = ()
+
+    def __str__(self) -> str:
+        return str(self.name)
+
+
 class WorkerProcess(models.Model):
     """A process that runs flows, and when it was last seen."""
 

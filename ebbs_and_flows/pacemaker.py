@@ -7,15 +7,13 @@ the next flow has come.
 
 from __future__ import annotations
 
-import logging
+import math
 import time
 from collections.abc import Callable
 
 from .engines import get_engine
 from .presence import Presence
 from .runner import FlowRunner, flow_runner
-
-logger = logging.getLogger("ebbs_and_flows")
 
 PRUNE_SECONDS = 3600.0
 """After which a pacemaker looks again for flows that were kept for long enough."""
@@ -39,25 +37,36 @@ class Pacemaker(Presence):
         self._prune_at = 0.0
 
     def beat(self) -> float:
-        """Wake a worker if something is due; return the seconds until the next beat."""
-        until_refresh = super().beat()
-        until_next = self._runner.wake_worker()
-        if time.monotonic() >= self._sync_at:
-            self._runner.sync_recurring()
-            self._sync_at = time.monotonic() + SYNC_SECONDS
-        get_engine().fire_recurring()
-        if time.monotonic() >= self._prune_at and not self._prune():
-            self._prune_at = time.monotonic() + PRUNE_SECONDS
-        return min(until_refresh, until_next)
+        """Wake a worker if something is due; return the seconds until the next beat.
 
-    def _prune(self) -> bool:
-        """Delete what was kept for long enough; return whether there may be more at once."""
-        try:
-            return self._runner.prune_kept()
-        except Exception:
-            # A project's own foreign key or receiver may be in the way; waking workers goes on.
-            logger.exception("Old flows could not be deleted; it is tried again in an hour.")
-            return False
+        A duty that fails holds up no other one.
+        """
+        return min(
+            self._try(super().beat, "pacemaker's sign of life"),
+            self._try(self._runner.wake_worker, "pacemaker's look for due flows"),
+            self._try(self._sync, "pacemaker's look at the recurring flows"),
+            self._try(self._fire, "pacemaker's scheduling of recurring flows"),
+            self._try(self._prune, "pacemaker's deletion of old flows"),
+        )
+
+    def _sync(self) -> float:
+        if time.monotonic() >= self._sync_at:
+            self._sync_at = time.monotonic() + SYNC_SECONDS
+            self._runner.sync_recurring()
+        return math.inf
+
+    def _fire(self) -> float:
+        get_engine().fire_recurring()
+        return math.inf
+
+    def _prune(self) -> float:
+        """Delete what was kept for long enough, a batch a beat."""
+        if time.monotonic() >= self._prune_at:
+            # A project's own foreign key or receiver may be in the way: not again at once.
+            before, self._prune_at = self._prune_at, time.monotonic() + PRUNE_SECONDS
+            if self._runner.prune_kept():
+                self._prune_at = before
+        return math.inf
 
 
 def start() -> Callable[[], None]:

@@ -35,7 +35,7 @@ class Presence(threading.Thread):
     def __init__(self) -> None:
         super().__init__(name=f"flow-{self.what}", daemon=True)
         self._stopped = threading.Event()
-        self._failing = False
+        self._failing: set[str] = set()
         self._refresh_at = 0.0
 
     def stop(self) -> None:
@@ -66,18 +66,20 @@ class Presence(threading.Thread):
             self._refresh_at = time.monotonic() + REFRESH_SECONDS
         return self._refresh_at - time.monotonic()
 
-    def _try(self, action: Callable[[], float]) -> float:
+    def _try(self, action: Callable[[], float], what: str = "") -> float:
+        """Do something and return its seconds; where it raises, log that once and return 1."""
+        what = what or self.what
         try:
             seconds = action()
         except Exception:
-            if not self._failing:
-                logger.warning("The %s has failed; it tries on.", self.what, exc_info=True)
-            self._failing = True
+            if what not in self._failing:
+                logger.warning("The %s has failed; it tries on.", what, exc_info=True)
+            self._failing.add(what)
             connections.close_all()
             return 1.0
-        if self._failing:
-            logger.warning("The %s works again.", self.what)
-        self._failing = False
+        if what in self._failing:
+            logger.warning("The %s works again.", what)
+        self._failing.discard(what)
         return seconds
 
     def _show(self) -> None:

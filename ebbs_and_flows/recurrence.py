@@ -7,15 +7,32 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
-from croniter import croniter
+from croniter import CroniterError, croniter
 from django.utils import timezone
 
 from .exceptions import InvalidFlowTemplate
 
 MAX_NAME_LENGTH = 80
 """So that a queue's own name for the schedule fits its table."""
+MAX_CRON_LENGTH = 100
+"""As a queue's own column for it has."""
+_FIVE_FIELDS = "give five fields, such as '0 6 * * *' for six o'clock each day"
 MAX_CAUGHT_UP = 1000
 """How many missed times are caught up at most; more are a mistake or a long-forgotten cluster."""
+
+
+def cron_problem(cron: object) -> str:
+    """Return what is wrong with a cron expression, empty if it has due times."""
+    if not isinstance(cron, str) or len(cron) > MAX_CRON_LENGTH or len(cron.split()) != 5:
+        return _FIVE_FIELDS
+    # croniter's random and hashed fields: each process would find other times.
+    if any(field[0] in "RrHh" for field in cron.split()) or not croniter.is_valid(cron):
+        return _FIVE_FIELDS
+    try:
+        croniter(cron, datetime(2024, 1, 1)).get_next(datetime)  # noqa: DTZ001 - any moment
+    except (CroniterError, ArithmeticError, LookupError, ValueError):
+        return "no date ever fits it, as no month has such a day: give a day that exists"
+    return ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,11 +64,11 @@ class Recurrence:
                 f"{name!r} cannot name a recurring flow: give it a text of 1 to"
                 f" {MAX_NAME_LENGTH} printable characters, without spaces at its ends."
             )
-        cron: object = self.cron
-        if not isinstance(cron, str) or len(cron.split()) != 5 or not croniter.is_valid(cron):
+        problem = cron_problem(self.cron)
+        if problem:
             raise InvalidFlowTemplate(
-                f"The cron expression of the recurring flow {self.name!r} is {cron!r}: give five"
-                f" fields, such as '0 6 * * *' for six o'clock each day."
+                f"The cron expression of the recurring flow {self.name!r} is {self.cron!r}:"
+                f" {problem}."
             )
 
     def next_after(self, moment: datetime) -> datetime:

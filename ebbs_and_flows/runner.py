@@ -24,6 +24,7 @@ from .models import FlowExecution
 from .recurrence import Recurrence
 from .repository import ClaimedRun, Due, is_contention
 from .service import FlowOrPk, FlowService
+from .signals import announce_refusal
 from .status import FlowStatus
 from .steps import CLAIMABLE
 from .validation import check_list, check_priority
@@ -168,7 +169,7 @@ class FlowRunner:
         if recurrence is None:
             logger.warning("The recurring flow %r is not declared any more: not scheduled.", name)
             return []
-        return [
+        flows = [
             self.schedule_flow(
                 recurrence.template_name,
                 recurrence.context,
@@ -178,6 +179,25 @@ class FlowRunner:
             )
             for moment in recurrence.missed(intended_at, self.service.repository.now())
         ]
+        self.service.forget_refusal(name)
+        return flows
+
+    def refuse_recurring(self, name: str, intended_at: datetime, error: Exception) -> None:
+        """Store that a due time makes no flow; log it once for each reason, and announce it."""
+        is_first = self.service.store_refusal(name, intended_at, error)
+        if is_first:
+            logger.error(
+                "The recurring flow %r could not be scheduled for %s; each further due time is"
+                " refused as well until this is fixed.",
+                name,
+                intended_at,
+                exc_info=error,
+            )
+        announce_refusal(self._recurrences[name], intended_at, error, is_first=is_first)
+
+    def recurring_refusals(self) -> dict[str, tuple[datetime, str]]:
+        """Return, by a recurring flow's name, the last due time that was refused, and why."""
+        return self.service.refusals()
 
     # Scheduling
 

@@ -21,6 +21,7 @@ from .exceptions import (
 )
 from .flows import FlowTemplate
 from .models import FlowExecution, FlowTemplateState, TaskExecution
+from .outputs import error_message
 from .repository import DatabaseNow
 from .signals import announce_status, announce_task
 from .status import ALLOWED_TRANSITIONS, FINISHED, WAITING, FlowStatus, TaskStatus
@@ -58,7 +59,7 @@ class FlowService(BulkService):
     def get_flow_execution(self, flow: FlowOrPk) -> FlowExecution:
         """Return the flow as it is stored now; raises `FlowExecutionNotFound`."""
         pk: Any = flow.pk if isinstance(flow, FlowExecution) else flow
-        if isinstance(pk, str) and pk.isascii() and pk.isdigit():
+        if isinstance(pk, str) and pk.isascii() and pk.isdigit() and len(pk) < 20:
             pk = int(pk)
         if isinstance(pk, int) and not isinstance(pk, bool) and 0 < pk < 2**63:
             found = self.repository.find(pk)
@@ -450,6 +451,26 @@ class FlowService(BulkService):
         unlike = states.filter(pk=state.pk, paused_at__isnull=paused)
         now = DatabaseNow() if paused else None
         return unlike.update(paused_at=now, paused_by=actor if paused else "") == 1
+
+    # Recurring flows
+
+    def store_refusal(self, name: str, refused_for: datetime, error: Exception) -> bool:
+        """Store why a due time made no flow; return whether that is news."""
+        states, refusal = self.repository.recurring_states, error_message(error)
+        if states.filter(name=name, refusal=refusal).update(refused_for=refused_for):
+            return False
+        new = {"refused_for": refused_for, "refusal": refusal}
+        states.update_or_create(name=name, defaults=new)
+        return True
+
+    def forget_refusal(self, name: str) -> None:
+        """Note that a due time of a recurring flow was not refused."""
+        self.repository.recurring_states.filter(name=name).delete()
+
+    def refusals(self) -> dict[str, tuple[datetime, str]]:
+        """Return, by a recurring flow's name, the last due time that was refused, and why."""
+        found = self.repository.recurring_states.values_list("name", "refused_for", "refusal")
+        return {name: (refused_for, refusal) for name, refused_for, refusal in found}
 
     # Pruning
 

@@ -6,12 +6,14 @@ A receiver that raises is logged and harms nothing. Nothing is read or sent with
 from __future__ import annotations
 
 import logging
+from datetime import datetime
 from typing import Any
 
 from django.db import transaction
 from django.dispatch import Signal
 
 from .models import FlowExecution, TaskExecution
+from .recurrence import Recurrence
 
 logger = logging.getLogger("ebbs_and_flows")
 
@@ -28,6 +30,27 @@ task_finished = Signal()
 `sender` is `TaskExecution`; `task_execution` is the attempt with its flow, `error` the exception
 that it raised in this process, else None.
 """
+
+recurrence_refused = Signal()
+"""A recurring flow's due time made no flow, as its context was refused.
+
+`sender` is `Recurrence`; `recurrence` is what the code declares, `intended_at` the due time,
+`error` the exception, `is_first` whether the due time before was not refused for the same reason.
+"""
+
+
+def announce_refusal(
+    recurrence: Recurrence, intended_at: datetime, error: Exception, *, is_first: bool
+) -> None:
+    """Send `recurrence_refused`."""
+    _send(
+        recurrence_refused,
+        Recurrence,
+        recurrence=recurrence,
+        intended_at=intended_at,
+        error=error,
+        is_first=is_first,
+    )
 
 
 def announce_status(

@@ -246,3 +246,35 @@ def test_a_pacemaker_shows_its_process_and_forgets_those_long_gone(runner: FlowR
             worker_name(),
         }
     assert list(WorkerProcess.objects.values_list("name", flat=True)) == ["killed:1"]
+
+
+@pytest.mark.django_db(transaction=True)
+@pytest.mark.parametrize("broken", ["wake_worker", "sync_recurring", "prune_kept"])
+def test_a_duty_that_fails_holds_up_no_other(
+    runner: FlowRunner,
+    due: FlowExecution,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    broken: str,
+) -> None:
+    done: list[str] = []
+
+    def duty(name: str) -> Callable[[], float]:
+        def does() -> float:
+            done.append(name)
+            if name == broken:
+                raise ValueError("a bad recurrence")
+            return 0.5
+
+        return does
+
+    duties = ["wake_worker", "sync_recurring", "prune_kept"]
+    for name in duties:
+        monkeypatch.setattr(runner, name, duty(name))
+    pacemaker = Pacemaker(runner)
+    for _ in range(3):
+        assert 0 < pacemaker.beat() <= 1
+    assert done[:3] == duties
+    assert WorkerProcess.objects.count() == 1
+    failures = [message for message in caplog.messages if "has failed; it tries on" in message]
+    assert len(failures) == 1

@@ -5,10 +5,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from typing import Any
 from zoneinfo import ZoneInfo
 
 import pytest
+from django import forms
+from django.core.checks import run_checks
 from django.db import connections
+from django.test import Client
 from django.utils import timezone
 from django_q.models import OrmQ, Schedule
 from django_q.scheduler import scheduler
@@ -20,6 +24,7 @@ from ebbs_and_flows import (
     FlowTemplateNotFound,
     InvalidArgument,
     InvalidFlowTemplate,
+    InvalidParameters,
     flow_runner,
     task,
 )
@@ -27,6 +32,7 @@ from ebbs_and_flows.engines.django_q import fire_recurring
 from ebbs_and_flows.models import FlowExecution
 from ebbs_and_flows.pacemaker import Pacemaker
 from ebbs_and_flows.recurrence import MAX_CAUGHT_UP, Recurrence
+from ebbs_and_flows.signals import recurrence_refused
 
 from .test_cluster import until
 
@@ -260,3 +266,113 @@ def test_bad_declarations_are_refused(runner: FlowRunner) -> None:
     for name in ("u" * 81, "", " u", "u\n", "u\tv"):
         with pytest.raises(InvalidFlowTemplate, match="1 to 80 printable"):
             runner.schedule_recurring("t", "0 7 * * *", recurring_name=name)
+
+
+# What can never be, or is refused
+
+
+@pytest.mark.parametrize(
+    "cron", ["0 0 31 4 *", "0 0 30 2 *", "0 0 31 2,4,6,9,11 *", "0 0 5 2 mon#5"]
+)
+def test_a_cron_that_no_date_fits_is_refused_where_it_is_declared(
+    runner: FlowRunner, cron: str
+) -> None:
+    with pytest.raises(InvalidFlowTemplate, match="no date ever fits it"):
+        FlowTemplate("t", cron=cron)
+    runner.register_flow_template(FlowTemplate("t", tasks=[only]))
+    with pytest.raises(InvalidFlowTemplate, match="give a day that exists"):
+        runner.schedule_recurring("t", cron)
+    assert runner.recurrences == {}
+
+
+@pytest.mark.parametrize("cron", ["R * * * *", "H * * * *", "0 0 " + "1," * 50 + "1 * *"])
+def test_a_cron_that_each_process_would_read_otherwise_is_refused(cron: str) -> None:
+    with pytest.raises(InvalidFlowTemplate, match="give five fields"):
+        recurrence(cron)
+
+
+def test_a_leap_day_is_a_date() -> None:
+    assert recurrence("0 0 29 2 *").next_after(datetime(2026, 3, 1, tzinfo=UTC)).year == 2028
+
+
+def test_a_schedule_that_was_edited_to_a_time_that_never_comes_is_put_back(
+    runner: FlowRunner, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("good", "edited"):
+        runner.register_flow_template(FlowTemplate(name, tasks=[only], cron="0 6 * * *"))
+    runner.sync_recurring()
+    edited = Schedule.objects.filter(name="flow: edited")
+    edited.update(cron="0 0 30 2 *")
+    runner.sync_recurring()
+    assert edited.get().cron == "0 6 * * *"
+    (said,) = [message for message in caplog.messages if "'edited' was changed" in message]
+    assert "'0 0 30 2 *', which never comes" in said
+    edited.update(cron="0 7 * * *")
+    runner.sync_recurring()
+    assert edited.get().cron == "0 7 * * *"
+
+
+class NeedsRegion(forms.Form):
+    region = forms.CharField()
+
+
+class AsksDatabase(forms.Form):
+    def clean(self) -> dict[str, Any]:
+        if not FlowExecution.objects.filter(pk=0).exists():
+            raise forms.ValidationError("there is no flow 0")
+        return {}
+
+
+@pytest.fixture
+def refused() -> Iterator[str]:
+    """The name of a recurring flow whose template's form refuses its context."""
+    template = FlowTemplate("refused", tasks=[only], cron="0 6 * * *", parameters=NeedsRegion)
+    flow_runner.register_flow_template(template)
+    yield "refused"
+    flow_runner._templates.pop("refused")
+    flow_runner._recurrences.pop("refused")
+
+
+def test_a_refused_due_time_is_one_log_entry_a_signal_each_and_shown(
+    refused: str, caplog: pytest.LogCaptureFixture, admin_client: Client
+) -> None:
+    heard: list[tuple[datetime, bool]] = []
+
+    def hear(sender: type, **named: Any) -> None:
+        assert (sender, named["recurrence"].name) == (Recurrence, refused)
+        assert isinstance(named["error"], InvalidParameters)
+        heard.append((named["intended_at"], named["is_first"]))
+
+    due = timezone.now() - timedelta(minutes=5)
+    recurrence_refused.connect(hear)
+    try:
+        for number in range(3):
+            fire_recurring(refused, intended_at=(due + timedelta(minutes=number)).isoformat())
+    finally:
+        recurrence_refused.disconnect(hear)
+    entries = [record for record in caplog.records if "could not be scheduled" in record.message]
+    assert [record.levelname for record in entries] == ["ERROR"]
+    assert heard == [(due + timedelta(minutes=n), n == 0) for n in range(3)]
+    assert not FlowExecution.objects.exists()
+    address = "/admin/ebbs_and_flows/flowtemplatestate/refused/change/"
+    shown = admin_client.get(address).content.decode()
+    assert "Last firing refused, for" in shown
+    assert "region: This field is required." in shown
+    # Once it makes a flow again, nothing of it is left.
+    flow_runner.templates[refused].parameters = None
+    fire_recurring(refused, intended_at=due.isoformat())
+    assert FlowExecution.objects.count() == 1
+    assert "Last firing refused" not in admin_client.get(address).content.decode()
+
+
+def test_a_check_finds_a_context_that_its_form_refuses(refused: str) -> None:
+    (found,) = [item for item in run_checks() if item.id == "ebbs_and_flows.W021"]
+    assert "The recurring flow 'refused' is refused each time" in found.msg
+    template = flow_runner.templates[refused]
+    template.parameters = None
+    assert "ebbs_and_flows.W021" not in {item.id for item in run_checks()}
+    # One that asks the database is tried only where the checks may.
+    template.parameters = AsksDatabase
+    assert "ebbs_and_flows.W021" not in {item.id for item in run_checks()}
+    found_there = {item.id for item in run_checks(databases=["default"])}
+    assert "ebbs_and_flows.W021" in found_there

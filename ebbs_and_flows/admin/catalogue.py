@@ -52,6 +52,9 @@ class Recurring:
     cron: str
     next_run: Any
     url: str
+    # The last due time that was refused, and why.
+    refused_for: Any = ""
+    refusal: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -214,18 +217,22 @@ def _bars(site: admin.AdminSite, runs: Sequence[FlowExecution]) -> SafeString | 
 def recurring(template: FlowTemplate, site: admin.AdminSite) -> list[Recurring]:
     """Return the template's recurring schedules, as the queue has them."""
     stored = get_engine().schedules()
+    refusals = flow_runner.recurring_refusals()
     now: datetime = clock.now()
     found = []
     for recurrence in flow_runner.recurrences.values():
         if recurrence.template_name != template.name:
             continue
         schedule = stored.get(recurrence.name)
+        refused_for, refusal = refusals.get(recurrence.name, (None, ""))
         found.append(
             Recurring(
                 name=recurrence.name,
                 cron=schedule.cron if schedule else recurrence.cron,
                 next_run=moment(schedule.next_run_at if schedule else recurrence.next_after(now)),
                 url=_schedule_url(site, schedule) if schedule else "",
+                refused_for=moment(refused_for),
+                refusal=refusal,
             )
         )
     return found

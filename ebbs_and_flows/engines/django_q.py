@@ -19,7 +19,7 @@ from django.db import connections, router, transaction
 from .. import clock, telemetry
 from ..conf import get_settings
 from ..exceptions import ImproperSetting
-from ..recurrence import Recurrence
+from ..recurrence import Recurrence, cron_problem
 from . import QueueSchedule
 from .slices import fire, run_slice
 
@@ -85,6 +85,15 @@ class DjangoQEngine:
                     continue
                 known.add(name)
                 if schedule.kwargs != _kwargs(recurrences[name]):
+                    _declare(schedule, recurrences[name])
+                elif schedule.schedule_type == Schedule.CRON and cron_problem(schedule.cron):
+                    # Its scheduler fails at such a line, and then schedules nothing at all.
+                    logger.error(
+                        "The schedule of the recurring flow %r was changed to %r, which never"
+                        " comes: it is again what the code declares.",
+                        name,
+                        schedule.cron,
+                    )
                     _declare(schedule, recurrences[name])
             for name, recurrence in recurrences.items():
                 if name not in known:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable
 from datetime import datetime, timedelta
@@ -15,8 +14,6 @@ from ..exceptions import EbbsAndFlowsError
 
 FIRED_FOR = timedelta(hours=1)
 """How long it is tried to schedule a recurring flow that raises."""
-
-logger = logging.getLogger("ebbs_and_flows")
 
 
 def run_slice(is_stopping: Callable[[], bool], hand_on: Callable[[], object]) -> None:
@@ -42,8 +39,8 @@ def fire(name: str, intended_at: datetime) -> None:
     """Schedule what a recurring flow's due time asks for.
 
     An error of this app, such as that its template's parameters refuse its context, would be the
-    same each time: it is logged. Any other is raised, for the queue to try again; but when it
-    is not the database's, for no longer than `FIRED_FOR`.
+    same each time: the refusal is stored, logged once and announced. Any other is raised, for the
+    queue to try again; but when it is not the database's, for no longer than `FIRED_FOR`.
     """
     from ..runner import flow_runner
 
@@ -55,4 +52,4 @@ def fire(name: str, intended_at: datetime) -> None:
         is_late = clock.now() - intended_at > FIRED_FOR
         if not isinstance(error, EbbsAndFlowsError) and not is_late:
             raise
-        logger.exception("The recurring flow %r could not be scheduled for %s.", name, intended_at)
+        flow_runner.refuse_recurring(name, intended_at, error)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime
 
 from django.db import InterfaceError, OperationalError
@@ -31,29 +32,37 @@ class Timetable:
         """Remember when each is due next."""
         now = clock.now()
         self._recurrences = recurrences
-        self._due = {
-            name: self._due.get(name) or item.next_after(now) for name, item in recurrences.items()
-        }
+        due = {}
+        for name, item in recurrences.items():
+            # One that has no next time holds up no other.
+            with self._logged_once(name):
+                due[name] = self._due.get(name) or item.next_after(now)
+        self._due = due
 
     def fire_recurring(self) -> None:
         """Schedule what is due; its key makes that one flow, however many pacemakers do so."""
         now = clock.now()
         for name, moment in self._due.items():
-            if moment > now:
-                continue
-            try:
-                fire(name, moment)
-            except (OperationalError, InterfaceError):
-                raise
-            except Exception:
-                if name not in self._failing:
-                    logger.exception(
-                        "The recurring flow %r could not be scheduled; it is tried again.", name
-                    )
-                self._failing.add(name)
-            else:
-                self._failing.discard(name)
-                self._due[name] = self._recurrences[name].next_after(now)
+            if moment <= now:
+                with self._logged_once(name):
+                    fire(name, moment)
+                    self._due[name] = self._recurrences[name].next_after(now)
+
+    @contextmanager
+    def _logged_once(self, name: str) -> Iterator[None]:
+        """Log what is raised within the block, once until it works again."""
+        try:
+            yield
+        except (OperationalError, InterfaceError):
+            raise
+        except Exception:
+            if name not in self._failing:
+                logger.exception(
+                    "The recurring flow %r could not be scheduled; it is tried again.", name
+                )
+            self._failing.add(name)
+        else:
+            self._failing.discard(name)
 
     def schedules(self) -> dict[str, QueueSchedule]:
         """Return none: the queue has no schedules."""

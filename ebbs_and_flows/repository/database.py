@@ -25,6 +25,7 @@ from ..models import (
     FlowExecution,
     FlowTemplateState,
     FlowTransition,
+    RecurringFlowState,
     TaskExecution,
 )
 from .direct import own_cursor
@@ -164,6 +165,11 @@ class Database:
     def template_states(self) -> QuerySet[FlowTemplateState]:
         """What operators have decided on templates."""
         return FlowTemplateState.objects.using(self.using)
+
+    @property
+    def recurring_states(self) -> QuerySet[RecurringFlowState]:
+        """Why due times of recurring flows made no flow."""
+        return RecurringFlowState.objects.using(self.using)
 
     def atomic(self) -> Any:
         """A transaction, or a savepoint within the caller's."""
