@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from .exceptions import (
     ChangedEntry,
     ClaimLost,
+    ConnectionClosed,
     DeadlineExceeded,
     DuplicateEntry,
     DuplicateFlowTemplate,
@@ -48,6 +49,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ChangedEntry",
     "ClaimLost",
+    "ConnectionClosed",
     "DeadlineExceeded",
     "DuplicateEntry",
     "DuplicateFlowTemplate",

@@ -19,6 +19,7 @@ from django.db import InterfaceError, OperationalError, connections
 from .conf import get_settings
 from .context import ExecutionContext
 from .exceptions import (
+    ConnectionClosed,
     DeadlineExceeded,
     InvalidTaskResult,
     TaskTimeout,
@@ -26,11 +27,17 @@ from .exceptions import (
 )
 from .flows import Task
 from .heartbeat import WatchedRun, heartbeat
+from .process_state import ProcessState, call_apart
 from .repository import ClaimedRun
 from .service import FlowService
 from .tasklog import Keeper, keep
 from .timeouts import Limit, Overdue, interrupt_after
-from .transactions import end_left_open, state_of_transactions
+from .transactions import (
+    State,
+    closed_by_task,
+    end_left_open,
+    state_of_transactions,
+)
 from .validation import storable_text
 
 logger = logging.getLogger("ebbs_and_flows")
@@ -221,11 +228,12 @@ def run_body(
         token=run.flow.token,
         attempt_in_progress=attempt,
     )
-    before = state_of_transactions()
+    before, process = state_of_transactions(), ProcessState.now()
     with attempt.keeper.kept(settings.MAX_LOG_BYTES) as log:
         try:
             left = None if ends_at is None else ends_at - time.monotonic()
-            result = _limited(task, run, context, left)
+            result = call_apart(_limited, task, run, context, left)
+            _check_connections(task, before)
             if (left_open := end_left_open(before)) is not None:
                 raise TransactionLeftOpen(
                     f"Task {task.name!r} left a transaction open on the database"
@@ -241,13 +249,32 @@ def run_body(
         except (KeyboardInterrupt, GeneratorExit) as interruption:
             end_left_open(before, interruption)
             raise
-        except BaseException as error:
-            end_left_open(before, error)
+        except BaseException as raised:  # noqa: BLE001 - a task may raise anything
+            error: BaseException = raised
+            try:
+                _check_connections(task, before)
+            except ConnectionClosed as closed:
+                # What was raised came of it.
+                closed.__cause__, error = raised, closed
+            end_left_open(before, raised)
             # SystemExit and a cancelled coroutine too: the process goes on, the attempt not.
             raise BodyFailed(error, str(log)) from error
         finally:
             attempt.end()
+            if process is not None:
+                process.restore()
     return Outcome(entries, str(log))
+
+
+def _check_connections(task: Task, before: State) -> None:
+    """Raise `ConnectionClosed` where the task has closed a connection that is still needed."""
+    alias = closed_by_task(before)
+    if alias is not None:
+        raise ConnectionClosed(
+            f"Task {task.name!r} closed the connection to the database {alias!r}, so what it wrote"
+            f" there in a transaction is lost: take connection.close(), connections.close_all() or"
+            f" the driver's own close() out of the task."
+        )
 
 
 def _limited(task: Task, run: ClaimedRun, context: ExecutionContext, left: float | None) -> object:

@@ -90,6 +90,10 @@ class TransactionLeftOpen(EbbsAndFlowsError, RuntimeError):
     """A task returned from the middle of a transaction that it had begun."""
 
 
+class ConnectionClosed(EbbsAndFlowsError, RuntimeError):
+    """A task closed a database connection that its worker still needed."""
+
+
 class InvalidTaskResult(EbbsAndFlowsError, TypeError):
     """A task returned something other than an `ExecutionContext`."""
 

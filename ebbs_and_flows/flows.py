@@ -25,6 +25,9 @@ from .exceptions import (
 from .recurrence import Recurrence
 
 MAX_NAME_LENGTH = 200
+
+_random = random.SystemRandom()
+"""Not the shared one: a task that seeds that would give every retry the same delay."""
 _MAX_DELAY: Final = 300
 """The longest wait for a retry by default, in seconds."""
 
@@ -123,7 +126,7 @@ class Retry:
             wait = min(self.delay * self.backoff ** (attempts_made - 1), self.max_delay)
         except OverflowError:
             wait = self.max_delay
-        return wait * random.uniform(0.5, 1) if self.jitter else wait  # noqa: S311
+        return wait * _random.uniform(0.5, 1) if self.jitter else wait
 
 
 class Task:

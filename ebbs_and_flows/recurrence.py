@@ -78,7 +78,7 @@ class Recurrence:
         a time of day comes twice and is due at its first; what recurs by the minute or the hour
         (a `*` in either field) goes on through both.
         """
-        times = croniter(self.cron, timezone.localtime(moment))
+        times = croniter(self.cron, _in_project_zone(moment))
         found: datetime = times.get_next(datetime)
         while self._comes_again(found):
             found = times.get_next(datetime)
@@ -98,11 +98,16 @@ class Recurrence:
         yield from times if self.catch_up else times[-1:]
 
     def _last_before(self, moment: datetime) -> datetime:
-        found: datetime = croniter(self.cron, timezone.localtime(moment)).get_prev(datetime)
+        found: datetime = croniter(self.cron, _in_project_zone(moment)).get_prev(datetime)
         return found
 
     def _comes_again(self, moment: datetime) -> bool:
         """Whether it is the second time that the clocks show this time of a day's one run."""
         minute, hour = self.cron.split()[:2]
         is_by_the_clock = not minute.startswith("*") and not hour.startswith("*")
-        return is_by_the_clock and timezone.localtime(moment).fold == 1
+        return is_by_the_clock and _in_project_zone(moment).fold == 1
+
+
+def _in_project_zone(moment: datetime) -> datetime:
+    # Not the thread's active zone, which a task may have changed.
+    return timezone.localtime(moment, timezone.get_default_timezone())

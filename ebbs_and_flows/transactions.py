@@ -15,8 +15,60 @@ from .error_chain import related_errors, traceback_of
 
 _ENDED = "(none: this block was ended with the task that had begun it)"
 
+# PQTRANS_INTRANS and PQTRANS_INERROR of libpq; the flag of MySQL's protocol.
+_IN_TRANSACTION = (2, 3)
+_SERVER_STATUS_IN_TRANS = 1
+
 State = dict[str, tuple[int, bool]]
 """By database, how many blocks of `atomic()` are open, and whether each statement commits."""
+
+
+def closed_by_task(before: State) -> str | None:
+    """Return the alias of a database whose connection the task's code has closed; None if none.
+
+    Outside of a transaction Django's `close()` does no harm: the next query opens another one.
+    Within one, what was written there is lost. Django does not notice a driver's own `close()`.
+    """
+    for connection in connections.all(initialized_only=True):
+        if connection.connection is None:
+            continue
+        depth, _ = _wanted(before, connection)
+        if depth and connection.closed_in_transaction:
+            return str(connection.alias)
+        if _is_closed(connection):
+            # For Django to take note; a driver may refuse the second close.
+            with suppress(Error):
+                connection.close()
+            return str(connection.alias)
+    return None
+
+
+def _is_closed(connection: Any) -> bool:
+    """Whether the driver's connection was closed on this side; a lost one was not."""
+    raw = connection.connection
+    if connection.vendor == "postgresql":
+        return bool(raw.closed and not raw.broken)
+    if connection.vendor == "sqlite":
+        try:
+            return raw.in_transaction is None
+        except connection.Database.Error:
+            # The driver says so in no other way.
+            return True
+    # PyMySQL's own mark; its `open` is false for a lost connection too.
+    return bool(vars(raw).get("_closed", False))
+
+
+def _is_in_transaction(connection: Any) -> bool:
+    """Whether the driver knows of an open transaction, also one begun by a statement of its own.
+
+    No driver asks the server for it. mysqlclient does not tell.
+    """
+    raw = connection.connection
+    if connection.vendor == "postgresql":
+        return bool(raw.pgconn.transaction_status in _IN_TRANSACTION)
+    if connection.vendor == "sqlite":
+        return bool(raw.in_transaction)
+    return bool(getattr(raw, "server_status", 0) & _SERVER_STATUS_IN_TRANS)
 
 
 def state_of_transactions() -> State:
@@ -75,8 +127,21 @@ def _left_open(before: State) -> list[Any]:
         connection
         for connection in connections.all(initialized_only=True)
         if connection.connection is not None
-        and (len(connection.atomic_blocks), connection.autocommit) != _wanted(before, connection)
+        and (
+            (len(connection.atomic_blocks), connection.autocommit) != _wanted(before, connection)
+            or _has_own_transaction(connection)
+        )
     ]
+
+
+def _has_own_transaction(connection: Any) -> bool:
+    """Whether a statement such as a plain BEGIN has begun a transaction that Django knows not."""
+    return (
+        not connection.atomic_blocks
+        and connection.autocommit
+        and not _is_closed(connection)
+        and _is_in_transaction(connection)
+    )
 
 
 def _wanted(before: State, connection: Any) -> tuple[int, bool]:
