@@ -90,15 +90,15 @@ class AttemptInProgress:
         self._watched = watched
         self._is_cancelled = False
         self._asked_at = 0.0
-        self._is_atomic = False
+        self._connection = service.repository.connection
+        self._thread = threading.get_ident()
         self._is_over = False
         self._is_key_marked = False
 
-    def of(self, task: Task) -> AttemptInProgress:
-        """Return the next attempt of the run, at that task."""
+    def next(self) -> AttemptInProgress:
+        """Return the next attempt of the run."""
         attempt = AttemptInProgress(self._service, self._run, self._watched, self.keeper)
         attempt._is_cancelled = self._is_cancelled
-        attempt._is_atomic = task.atomic
         return attempt
 
     def end(self) -> None:
@@ -116,7 +116,7 @@ class AttemptInProgress:
         if not self._is_cancelled and time.monotonic() >= self._asked_at + 1:
             self._asked_at = time.monotonic()
             if self._needs_another_connection():
-                _do_on_another_connection(self._ask)
+                _do_in_another_thread(self._ask)
             else:
                 self._ask()
         return self._is_cancelled
@@ -149,16 +149,23 @@ class AttemptInProgress:
     def mark_idempotency_key_used(self) -> None:
         """Store once that the attempt has read its key; wait while the database is away.
 
-        The mark survives the rollback of an atomic task. On SQLite, where only one transaction
-        can write, it is a part of that. Raises `ClaimLost`.
+        The mark survives the rollback of the task's transaction. On SQLite, where only one
+        transaction can write, it is a part of that. Raises `ClaimLost`.
         """
+        if self._watched is not None and self._watched.lost is not None:
+            raise self._watched.lost
         if self._is_key_marked or self._is_over:
             return
-        if self._is_atomic and self._service.repository.connection.vendor == "sqlite":
-            if not _in_event_loop():
-                self._service.mark_idempotency_key_used(self._run)
-        elif self._needs_another_connection():
-            _do_on_another_connection(self._mark)
+        own = self._connection
+        in_transaction = own.in_atomic_block or (own.connection is not None and not own.autocommit)
+        # Django allows no query in the thread of an event loop.
+        is_away = _in_event_loop() or threading.get_ident() != self._thread
+        # In a test's transaction, another connection would not see the flow.
+        is_part = in_transaction and (self._watched is None or own.vendor == "sqlite")
+        if is_away and is_part:
+            _do_in_another_thread(self._mark, own)
+        elif is_away or (in_transaction and not is_part):
+            _do_in_another_thread(self._mark)
         else:
             self._mark()
         self._is_key_marked = True
@@ -194,22 +201,32 @@ def _in_event_loop() -> bool:
     return True
 
 
-def _do_on_another_connection(action: Callable[[], None]) -> None:
-    """Do it in a thread of its own, and raise what it raises."""
+def _do_in_another_thread(action: Callable[[], None], shared: Any = None) -> None:
+    """Do it in a thread of its own, over a new connection or a `shared` one; raise its error."""
     done: Future[None] = Future()
 
     def act() -> None:
         try:
+            if shared is not None:
+                connections[shared.alias] = shared
             action()
         except BaseException as error:  # noqa: BLE001 - raised where it was asked for
             done.set_exception(error)
         else:
             done.set_result(None)
         finally:
+            if shared is not None:
+                del connections[shared.alias]
             connections.close_all()
 
-    threading.Thread(target=act, daemon=True).start()
-    done.result()
+    if shared is not None:
+        shared.inc_thread_sharing()
+    try:
+        threading.Thread(target=act, daemon=True).start()
+        done.result()
+    finally:
+        if shared is not None:
+            shared.dec_thread_sharing()
 
 
 def run_body(
@@ -219,7 +236,7 @@ def run_body(
 
     `ends_at` is the flow's deadline on the monotonic clock, None where there is none.
     """
-    settings, attempt = get_settings(), attempt.of(task)
+    settings, attempt = get_settings(), attempt.next()
     context = ExecutionContext.from_stored(
         run.stored,
         flow_execution_id=run.flow.pk,

@@ -15,11 +15,14 @@ from collections.abc import Callable
 from datetime import date
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import pytest
+from asgiref.sync import sync_to_async
 from django.core.management import call_command
-from django.db import connections, models
+from django.db import connections, models, transaction
 from django.db.models import F
+from django.test import Client, TestCase
 from django.test.utils import CaptureQueriesContext
 
 from ebbs_and_flows import (
@@ -32,8 +35,10 @@ from ebbs_and_flows import (
 )
 from ebbs_and_flows.exceptions import ClaimLost, InvalidArgument
 from ebbs_and_flows.models import FlowExecution, TaskExecution
+from ebbs_and_flows.testing import run_flow
 
 from .databases import FLOWS, connection
+from .operators import billing, failed, registered
 
 ROOT = Path(__file__).parent.parent
 
@@ -322,7 +327,70 @@ def test_an_async_task_reads_its_key(atomic: bool) -> None:
     runner = runner_of(charge)
     flow = runner.run_flow_execution(runner.schedule_flow("billing"))
     assert keys == [f"{flow.token}-charge"]
-    assert is_marked(flow) is (not atomic or connection.vendor != "sqlite")
+    assert is_marked(flow)
+
+
+@pytest.mark.django_db(transaction=True)
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_key_is_marked_in_the_middle_of_a_transaction_of_the_tasks_own(is_async: bool) -> None:
+    seen: list[bool] = []
+
+    def look(flow_id: int | None) -> None:
+        seen.append(TaskExecution.objects.get(flow_execution=flow_id).used_idempotency_key)
+        connections.close_all()
+
+    def read(context: ExecutionContext) -> ExecutionContext:
+        with transaction.atomic(using=FLOWS):
+            assert context.idempotency_key
+            thread = threading.Thread(target=look, args=[context.flow_execution_id])
+            thread.start()
+            thread.join()
+        return context
+
+    async def read_in_thread(context: ExecutionContext) -> ExecutionContext:
+        return await sync_to_async(read)(context)
+
+    charge = task(name="charge")(read_in_thread if is_async else read)
+    runner = runner_of(charge)
+    flow = runner.run_flow_execution(runner.schedule_flow("billing"))
+    assert [row.output for row in flow.task_executions.all()] == [""]
+    assert is_marked(flow)
+    # On SQLite the task itself is the only writer.
+    assert seen == [connection.vendor != "sqlite"]
+
+
+class WithinATest(TestCase):
+    """The transaction of a project's `TestCase`, into which no other connection can look."""
+
+    def check(self, body: Any, *, atomic: bool = False) -> None:
+        runner = runner_of(task(name="charge", atomic=atomic)(body))
+        run = run_flow("billing", runner=runner).assert_succeeded()
+        assert run.context["key"] == f"{run.flow.token}-charge"
+        assert is_marked(run.flow)
+
+    def test_a_task_reads_its_key(self) -> None:
+        def read(context: ExecutionContext) -> ExecutionContext:
+            return context.with_entries(key=context.idempotency_key)
+
+        self.check(read)
+        self.check(read, atomic=True)
+
+    def test_an_asynchronous_task_reads_its_key(self) -> None:
+        async def read(context: ExecutionContext) -> ExecutionContext:
+            return context.with_entries(key=context.idempotency_key)
+
+        self.check(read)
+        self.check(read, atomic=True)
+
+    def test_a_thread_of_a_task_reads_its_key(self) -> None:
+        def read(context: ExecutionContext) -> ExecutionContext:
+            keys: list[str] = []
+            thread = threading.Thread(target=lambda: keys.append(context.idempotency_key))
+            thread.start()
+            thread.join()
+            return context.with_entries(key=keys[0])
+
+        self.check(read)
 
 
 @pytest.mark.django_db(transaction=True)
@@ -368,3 +436,31 @@ def test_a_worker_that_is_killed_just_after_has_left_its_mark() -> None:
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
     assert is_marked(flow)
+
+
+# Shown
+
+
+@pytest.mark.django_db(transaction=True)
+def test_the_token_is_shown_nowhere_and_the_mark_in_words(
+    admin_client: Client, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with registered(billing()):
+        flow = failed()
+        base = "/admin/ebbs_and_flows/flowexecution/"
+        page = f"{base}{flow.pk}/change/"
+        words = "The task has read its idempotency key"
+        assert words not in admin_client.get(page).content.decode()
+        flow.task_executions.update(used_idempotency_key=True)
+        assert words in admin_client.get(page).content.decode()
+        attempt = flow.task_executions.latest("pk").pk
+        attempts = f"/admin/ebbs_and_flows/taskexecution/{attempt}/change/"
+        for address in (base, page, attempts, f"{base}{flow.pk}/delete/"):
+            answer = admin_client.get(address, follow=True)
+            assert answer.status_code == 200, address
+            assert flow.token not in answer.content.decode(), address
+        for arguments in (["showflows"], ["showflows", "--json"]):
+            call_command(*arguments)
+            shown = capsys.readouterr().out
+            assert "billing" in shown
+            assert flow.token not in shown

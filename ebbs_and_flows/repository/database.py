@@ -61,7 +61,7 @@ class DatabaseNow(models.Func):
 def now_sql(connection: Any, offset: timedelta = timedelta(0)) -> Sql:
     """Return the database's time moved by an offset."""
     if clock.frozen_at is not None:
-        return _moment_sql(connection, clock.frozen_at + offset)
+        return _literal_sql(connection, clock.frozen_at + offset)
     if connection.vendor == "postgresql":
         # Not CURRENT_TIMESTAMP, which stands still for the whole transaction, nor
         # CLOCK_TIMESTAMP, which moves within a statement and so cannot bound an index range.
@@ -79,7 +79,18 @@ def now_sql(connection: Any, offset: timedelta = timedelta(0)) -> Sql:
     return "CURRENT_TIMESTAMP + %s", [offset]
 
 
-def _moment_sql(connection: Any, moment: datetime) -> Sql:
+def moment_sql(connection: Any) -> Sql:
+    """Return the database's time at this point of a statement, for what the statement stores.
+
+    PostgreSQL's statement time is older than what the statement may see of others: it may have
+    waited for a lock, or for its plan on a new connection. To be evaluated once in a statement.
+    """
+    if clock.frozen_at is None and connection.vendor == "postgresql":
+        return "CLOCK_TIMESTAMP()", []
+    return now_sql(connection)
+
+
+def _literal_sql(connection: Any, moment: datetime) -> Sql:
     """Return a moment in UTC."""
     if connection.vendor == "postgresql":
         return f"TIMESTAMPTZ '{moment.isoformat()}'", []
