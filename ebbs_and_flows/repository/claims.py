@@ -24,6 +24,7 @@ from .database import (
     TRANSITION,
     DatabaseNow,
     execute,
+    moment_sql,
     now_sql,
     seconds_until_sql,
 )
@@ -394,6 +395,8 @@ class ClaimRepository(StepRepository):
         waiting, lost, _ = self._to_keep(connection)
         ready, parameters = self._is_ready(statuses)
         now, _ = now_sql(connection)
+        # After the row is locked, and so after all that was written to it.
+        moment, _ = moment_sql(connection)
         best = f"FROM {FLOW} WHERE template_name = t.name AND {ready}"
         order = "ORDER BY ready_rank, run_at, id LIMIT 1"
         sql = f"""
@@ -409,7 +412,8 @@ class ClaimRepository(StepRepository):
                     SELECT ready_rank, run_at, id {best} {order}
                 ) AS b ORDER BY b.ready_rank, b.run_at, b.id
             ), candidate AS (
-                SELECT b.id, b.status, t.tasks FROM ranked t CROSS JOIN LATERAL (
+                SELECT b.id, b.status, t.tasks, {moment} AS moment
+                FROM ranked t CROSS JOIN LATERAL (
                     SELECT id, status {best} {order} FOR UPDATE SKIP LOCKED
                 ) AS b LIMIT 1
             ), claimed AS (
@@ -417,14 +421,14 @@ class ClaimRepository(StepRepository):
                     claimed_by = %s::varchar,
                     lease_expires_at = {now} + %s::interval, ready_rank = NULL,
                     finished_at = NULL,
-                    started_at = COALESCE(f.started_at, {now})
+                    started_at = COALESCE(f.started_at, c.moment)
                 FROM candidate c WHERE f.id = c.id
-                RETURNING {COLUMNS}, c.status AS claimed_from,
+                RETURNING {COLUMNS}, c.status AS claimed_from, c.moment,
                     c.tasks ->> f.current_task_index AS task
             ), recorded AS (
                 INSERT INTO {TRANSITION}
                     (flow_execution_id, from_status, to_status, at, actor, reason)
-                SELECT id, claimed_from, 'RUNNING', {now}, claimed_by, ''
+                SELECT id, claimed_from, 'RUNNING', moment, claimed_by, ''
                 FROM claimed WHERE claimed_from <> 'RUNNING'
             ), started AS (
                 INSERT INTO {ATTEMPT} (flow_execution_id, task_index, task_name, attempt, claim,
@@ -433,7 +437,7 @@ class ClaimRepository(StepRepository):
                     SELECT MAX(a.attempt) FROM {ATTEMPT} a
                     WHERE a.flow_execution_id = claimed.id
                     AND a.task_index = claimed.current_task_index), 0) + 1,
-                    claim, 'RUNNING', {now}, '', '', ''
+                    claim, 'RUNNING', moment, '', '', ''
                 FROM claimed WHERE task IS NOT NULL RETURNING id, attempt
             )
             SELECT seen.*, EXISTS (SELECT 1 FROM ranked) AS ready, claimed.*,

@@ -8,7 +8,8 @@ from dataclasses import dataclass, fields
 from datetime import timedelta
 from typing import Any
 
-from django.db.models import Exists, Max, QuerySet
+from django.db.models import Exists, Max, OuterRef, QuerySet, Subquery
+from django.db.models.functions import Coalesce
 
 from ..models import FlowExecution, TaskExecution
 from ..status import FlowStatus, TaskStatus
@@ -23,6 +24,7 @@ from .database import (
     Sql,
     execute,
     insert,
+    moment_sql,
     now_sql,
 )
 from .prepared import execute_prepared
@@ -40,6 +42,14 @@ _FENCE_IN_ONE = _FENCE.replace("status = 'RUNNING'", "(status = 'RUNNING') IS TR
 
 # The values of one statement, in characters at most, but one value in any case.
 _MOST_AT_ONCE = 2 * 1024 * 1024
+
+# When an attempt ends: with the flow where that has ended, and not a statement later.
+_END = Coalesce(
+    Subquery(
+        FlowExecution._base_manager.filter(pk=OuterRef("flow_execution")).values("finished_at")
+    ),
+    DatabaseNow(),
+)
 
 EntryRow = tuple[int, int | None, str, str]
 """An entry's flow, the attempt that wrote it (None at scheduling), its name and stored text."""
@@ -143,11 +153,13 @@ class StepRepository(Database):
         )
         if advanced != 1:
             return None
+        # The last attempt ends when the flow does, and not with the next statement.
+        ended, at_end = (now, moment) if next_task else _end_of_flow(run)
         execute(
             cursor,
-            f"UPDATE {ATTEMPT} SET status = 'SUCCEEDED', finished_at = {now}, log = %s"
+            f"UPDATE {ATTEMPT} SET status = 'SUCCEEDED', finished_at = {ended}, log = %s"
             f" WHERE id = %s",
-            [*moment, log, run.task_execution_id],
+            [*at_end, log, run.task_execution_id],
         )
         rows = [(run.flow.pk, run.task_execution_id, *entry) for entry in entries.items()]
         insert_entries(cursor, rows)
@@ -167,7 +179,7 @@ class StepRepository(Database):
     ) -> int | None:
         connection = self.connection
         # As few parameters as will do: each costs the driver as much as a row costs the database.
-        now, _ = clock = now_sql(connection)
+        moment, _ = clock = moment_sql(connection)
         values, parameters = _next_state(connection, next_task, lease, clock)
         parameters += [*_fence(run), log, run.task_execution_id]
         written = follows = ""
@@ -178,13 +190,16 @@ class StepRepository(Database):
                 FROM finished, json_each_text(%s::json) WITH ORDINALITY
                 AS e (name, value, position) ORDER BY e.position)"""
             parameters.append(json.dumps(entries))
-        changed, result = "f.id, f.current_task_index, f.claim", "0 AS attempt FROM fence"
+        # One moment for all of it: the end of an attempt is not after the start of the next one.
+        changed = f"f.id, f.current_task_index, f.claim, {moment} AS moment"
+        result = "0 AS attempt FROM fence"
         if next_task is None:
-            changed, result = COLUMNS, "0 AS attempt, fence.* FROM fence"
+            changed = f"{COLUMNS}, f.finished_at AS moment"
+            result = "0 AS attempt, fence.* FROM fence"
             follows = f""", followed AS (
                 INSERT INTO {TRANSITION}
                     (flow_execution_id, from_status, to_status, at, actor, reason)
-                SELECT id, 'RUNNING', 'SUCCEEDED', {now}, claimed_by, ''
+                SELECT id, 'RUNNING', 'SUCCEEDED', moment, claimed_by, ''
                 FROM fence)"""
         elif lease is not None:
             result = "followed.id AS attempt FROM followed"
@@ -192,7 +207,7 @@ class StepRepository(Database):
                 INSERT INTO {ATTEMPT} (flow_execution_id, task_index, task_name, attempt, claim,
                     status, started_at, output, error_type, log)
                 SELECT id, current_task_index, %s::varchar, 1, claim, 'RUNNING',
-                    {now}, '', '', '' FROM fence RETURNING id)"""
+                    moment, '', '', '' FROM fence RETURNING id)"""
             parameters.append(next_task)
         found = execute_prepared(
             connection,
@@ -202,7 +217,7 @@ class StepRepository(Database):
                     forgiven_attempts = 0, interruptions = 0, {values}
                 WHERE {_FENCE_IN_ONE} RETURNING {changed}
             ), finished AS (
-                UPDATE {ATTEMPT} a SET status = 'SUCCEEDED', finished_at = {now},
+                UPDATE {ATTEMPT} a SET status = 'SUCCEEDED', finished_at = fence.moment,
                     log = %s FROM fence WHERE a.id = %s RETURNING a.id, a.flow_execution_id
             ){written}{follows} SELECT {result}""",
             parameters,
@@ -243,12 +258,12 @@ class StepRepository(Database):
     def finish_attempt(self, task_execution_id: int, **values: Any) -> int:
         """Store how a running attempt ended; return 0 when it was not running."""
         running = self.attempts.filter(pk=task_execution_id, status=TaskStatus.RUNNING)
-        return running.update(finished_at=DatabaseNow(), **values)
+        return running.update(finished_at=_END, **values)
 
     def finish_running_attempts(self, flow_id: int, **values: Any) -> int:
         """Store how the attempts of a flow that nobody runs any more ended; return how many."""
         return self.attempts.filter(flow_execution=flow_id, status=TaskStatus.RUNNING).update(
-            finished_at=DatabaseNow(), **values
+            finished_at=_END, **values
         )
 
     def mark_idempotency_key_used(self, run: ClaimedRun) -> bool:
@@ -284,6 +299,10 @@ class StepRepository(Database):
         with self.connection.cursor() as cursor:
             rows = [(flow_id, task_execution_id, *entry) for entry in entries.items()]
             insert_entries(cursor, rows)
+
+
+def _end_of_flow(run: ClaimedRun) -> Sql:
+    return f"(SELECT f.finished_at FROM {FLOW} f WHERE f.id = %s)", [run.flow.pk]
 
 
 def _fence(run: ClaimedRun) -> list[int]:
