@@ -14,7 +14,7 @@ from .repository import DatabaseNow
 from .signals import announce_status
 from .status import ALLOWED_TRANSITIONS, FlowStatus
 from .steps import StepService, transition
-from .validation import check_priority, check_reason, check_text
+from .validation import check_priority, check_reason, check_text, flow_pk
 
 
 class BulkService(StepService):
@@ -67,7 +67,8 @@ class BulkService(StepService):
     def _locked_all(self, pks: Iterable[int], to_status: FlowStatus) -> dict[int, FlowExecution]:
         """Return those of the flows that may go to the status, locked, by primary key."""
         may = [status for status, to in ALLOWED_TRANSITIONS.items() if to_status in to]
-        flows = self.repository.flows.filter(pk__in=list(pks), status__in=may)
+        known = [pk for pk in map(flow_pk, pks) if pk is not None]
+        flows = self.repository.flows.filter(pk__in=known, status__in=may)
         # In one order, so that two who change the same flows do not lock each other out.
         return {flow.pk: flow for flow in flows.order_by("pk").select_for_update()}
 

@@ -27,7 +27,7 @@ from .service import FlowOrPk, FlowService
 from .signals import announce_refusal
 from .status import FlowStatus
 from .steps import CLAIMABLE
-from .validation import check_list, check_priority
+from .validation import check_list, check_priority, shortened
 from .worker import OnTask, Worker, worker_name
 
 logger = logging.getLogger("ebbs_and_flows")
@@ -108,7 +108,8 @@ class FlowRunner:
         except (KeyError, TypeError):
             known = ", ".join(sorted(self._templates)) or "none"
             raise FlowTemplateNotFound(
-                f"No flow template {name!r} is registered: the registered ones are {known}."
+                f"No flow template {shortened(name)} is registered: the registered ones are"
+                f" {known}."
             ) from None
 
     # Recurring flows

@@ -26,7 +26,15 @@ from .repository import DatabaseNow
 from .signals import announce_status, announce_task
 from .status import ALLOWED_TRANSITIONS, FINISHED, WAITING, FlowStatus, TaskStatus
 from .steps import CLAIMABLE, transition
-from .validation import check_priority, check_reason, check_run_at, check_text, storable_text
+from .validation import (
+    check_priority,
+    check_reason,
+    check_run_at,
+    check_text,
+    flow_pk,
+    shortened,
+    storable_text,
+)
 
 FlowOrPk = FlowExecution | int
 
@@ -59,14 +67,12 @@ class FlowService(BulkService):
     def get_flow_execution(self, flow: FlowOrPk) -> FlowExecution:
         """Return the flow as it is stored now; raises `FlowExecutionNotFound`."""
         pk: Any = flow.pk if isinstance(flow, FlowExecution) else flow
-        if isinstance(pk, str) and pk.isascii() and pk.isdigit() and len(pk) < 20:
-            pk = int(pk)
-        if isinstance(pk, int) and not isinstance(pk, bool) and 0 < pk < 2**63:
-            found = self.repository.find(pk)
-            if found is not None:
-                return found
+        known = flow_pk(pk)
+        found = None if known is None else self.repository.find(known)
+        if found is not None:
+            return found
         raise FlowExecutionNotFound(
-            f"There is no flow execution {pk!r}: give a FlowExecution or the id of one."
+            f"There is no flow execution {shortened(pk)}: give a FlowExecution or the id of one."
         )
 
     def get_runnable_flow(

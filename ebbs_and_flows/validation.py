@@ -18,6 +18,27 @@ MESSAGE_LENGTH = 500
 """The length of an error's message in one line at most, in characters."""
 
 
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = NAME_LENGTH + 20
+
+
+def shortened(value: Any) -> str:
+    """Return what a sentence shows of a value: its repr, cut in the middle."""
+    try:
+        return _repr.repr(value)
+    except Exception:  # noqa: BLE001 - more digits than Python writes, or a class of others
+        return f"a value of type {type(value).__name__}"
+
+
+def flow_pk(value: Any) -> int | None:
+    """Return a primary key that a flow can have, also of its digits; None for anything else."""
+    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 20:
+        value = int(value)
+    if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**63:
+        return value
+    return None
+
+
 def check_text(what: str, value: Any) -> str:
     """Return a text that every database can store; raises `InvalidArgument`."""
     if not isinstance(value, str):

@@ -211,8 +211,15 @@ def flow_ids(given: Iterable[str]) -> list[int]:
     return list(found)
 
 
+def storable_name(name: str) -> None:
+    """Refuse a name that no template can have, which a database would not take."""
+    if len(name) > NAME_LENGTH or not name.isprintable():
+        raise CommandError(f"{name[:80]!r} is not the name of a template.")
+
+
 def known_template(name: str) -> None:
     """Refuse a template that is neither registered nor the template of any stored flow."""
+    storable_name(name)
     try:
         flow_runner.get_flow_template(name)
     except FlowTemplateNotFound:

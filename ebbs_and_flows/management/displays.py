@@ -12,6 +12,7 @@ from typing import IO, Any, Protocol, cast
 from django.core.management.base import OutputWrapper
 
 from ..status import FlowStatus
+from .base import SafeOutput, escaped
 from .outcomes import Outcome
 
 
@@ -63,7 +64,7 @@ class Bar:
 
     def on_task(self, flow_id: int, task: str, status: str) -> None:
         """Show the task that has just ended."""
-        self._progress.update(self._bar, description=f"flow {flow_id}: {task}")
+        self._progress.update(self._bar, description=escaped(f"flow {flow_id}: {task}"))
 
     def on_flow(self, outcome: Outcome) -> None:
         """Move on; write a line for what needs a look."""
@@ -72,7 +73,7 @@ class Bar:
         self._total = max(self._total, self._done)
         self._progress.update(self._bar, completed=self._done, total=self._total)
         if outcome.status != FlowStatus.SUCCEEDED:
-            self._progress.console.print(outcome.line, markup=False, highlight=False)
+            self._progress.console.print(escaped(outcome.line), markup=False, highlight=False)
 
 
 @contextmanager
@@ -100,13 +101,16 @@ def _stream_handlers() -> Iterator[logging.StreamHandler[Any]]:
 
 
 class Verbatim:
-    """A command's output without the line break that Django adds to every write."""
+    """A command's output without the line break that Django adds to every write, nor escapes."""
 
     def __init__(self, out: OutputWrapper) -> None:
         self._out = out
 
     def write(self, text: str) -> None:
-        self._out.write(text, ending="")
+        if isinstance(self._out, SafeOutput):
+            self._out.write_verbatim(text)
+        else:
+            self._out.write(text, ending="")
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._out, name)

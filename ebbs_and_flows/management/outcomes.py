@@ -101,7 +101,7 @@ def local(moment: datetime | None) -> str:
 
 
 def printable(text: str) -> str:
-    """Return a text without what would steer the terminal, its lines and tabs kept."""
+    """Return a text with a sign of one cell for what would steer the terminal."""
     return "".join(
         character if character.isprintable() or character in "\n\t" else "\ufffd"
         for character in text

@@ -18,7 +18,7 @@ from ...monitoring import waiting_unregistered
 from ...runner import flow_runner
 from ...service import flow_service
 from ...status import WAITING, FlowStatus
-from ..arguments import flow_ids, known_template, positive, refusals
+from ..arguments import flow_ids, known_template, positive, refusals, storable_name
 from ..base import FlowCommand
 from ..outcomes import (
     PAGE,
@@ -26,7 +26,6 @@ from ..outcomes import (
     local,
     outcomes,
     overview,
-    printable,
     table,
     unregistered_in_words,
 )
@@ -123,6 +122,7 @@ class Command(FlowCommand):
         if options["status"]:
             flows = flows.filter(status__in=[text.upper() for text in options["status"]])
         if options["template"] is not None:
+            storable_name(options["template"])
             flows = flows.filter(template_name=options["template"])
         listed = outcomes(flows[: options["limit"]])
         if not listed and options["template"] is not None:
@@ -171,7 +171,7 @@ class Command(FlowCommand):
             self.stdout.write(f"Rerun as {reruns}.")
         if values:
             for name, text in entries.items():
-                self.stdout.write(f"  {name} = {printable(text)}")
+                self.stdout.write(f"  {name} = {text}")
         attempts = details.attempts[outcome.id]
         rows = [["TASK", "ATTEMPT", "STATUS", "STARTED", "TOOK"]]
         for row in attempts:
@@ -184,7 +184,7 @@ class Command(FlowCommand):
             self.stdout.write(f"At work for {duration(work)} of the {outcome.took} that it took.")
         for row in attempts:
             if row.output:
-                self.stdout.write(f"\n{row}:\n{printable(row.output)}")
+                self.stdout.write(f"\n{row}:\n{row.output}")
 
 
 _SHORTEST, _LONGEST = 0.1, 86_400
