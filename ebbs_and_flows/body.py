@@ -16,6 +16,7 @@ from typing import Any
 from asgiref.sync import async_to_sync
 from django.db import InterfaceError, OperationalError, connections
 
+from .child_processes import SameProcess
 from .conf import get_settings
 from .context import ExecutionContext
 from .exceptions import (
@@ -325,9 +326,10 @@ def _limited(task: Task, run: ClaimedRun, context: ExecutionContext, left: float
 def _result(task: Task, context: ExecutionContext, limit: Limit) -> object:
     result: object
     if limit.left is None:
-        result = task.run(context)
+        with SameProcess():
+            result = task.run(context)
     else:
-        with interrupt_after(limit, _end_queries):
+        with interrupt_after(limit, _end_queries), SameProcess():
             result = task.run(context)
     if not isinstance(result, ExecutionContext) and inspect.isawaitable(result):
         # Not by the alarm: what is awaited would go on in its own thread.
@@ -357,4 +359,5 @@ def _end_queries() -> None:
 
 async def _wait_for(awaitable: Any, seconds: float | None) -> object:
     async with asyncio.timeout(seconds):
-        return await awaitable
+        with SameProcess():
+            return await awaitable

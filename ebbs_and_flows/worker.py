@@ -16,6 +16,7 @@ from django.db import DatabaseError, InterfaceError, OperationalError
 
 from . import telemetry
 from .body import AttemptInProgress, BodyFailed, Outcome, drop_connections, run_body
+from .child_processes import SameProcess
 from .conf import get_settings
 from .context import is_number
 from .error_chain import single_errors
@@ -152,7 +153,8 @@ class Worker:
             step = self._repository.step()
             # Nothing is done yet, so that a writer in the way costs the task nothing.
             self.retry_on_outage(run, step.__enter__)
-            with _Entered(step):
+            # Hooks of the task's own run after the commit.
+            with SameProcess(), _Entered(step):
                 raw = self._repository.connection.connection
                 outcome = run_body(task, run, attempt, ends_at)
                 log = outcome.log

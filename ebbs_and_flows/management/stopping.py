@@ -13,6 +13,11 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """All that mean something to any of these processes."""
 
 
+_active: list[StopRequest] = []
+"""Those whose handlers this process has."""
+_held_back = threading.local()
+
+
 class StopRequest:
     """Becomes true at SIGTERM or SIGINT; a second SIGINT is a `KeyboardInterrupt`.
 
@@ -32,11 +37,13 @@ class StopRequest:
         if threading.current_thread() is threading.main_thread():
             for number, handler in self._handlers().items():
                 self._previous[number] = signal.signal(number, handler)
+            _active.append(self)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        if self in _active:
+            _active.remove(self)
+        self._put_back()
         os.close(self._read)
         os.close(self._write)
 
@@ -64,6 +71,19 @@ class StopRequest:
         waiting = select.poll()
         waiting.register(self._read, select.POLLIN)
         waiting.poll(seconds * 1000)
+
+    def leave_to_parent(self) -> None:
+        """Let a forked child end at SIGTERM, and leave Ctrl-C to its parent.
+
+        A Ctrl-C reaches the child as well, and the task in progress is to be finished. It has a
+        handler that does nothing, as a program that the child executes would inherit SIG_IGN.
+        """
+        self._put_back()
+        signal.signal(signal.SIGINT, lambda *_: None)
+
+    def _put_back(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _handlers(self) -> dict[int, Any]:
         return {signal.SIGTERM: self._on_stop, signal.SIGINT: self._on_interrupt}
@@ -102,3 +122,28 @@ class ChildsStop(StopRequest):
             signal.SIGINT: signal.SIG_IGN,
             signal.SIGUSR1: lambda *_: self.insist(),
         }
+
+
+def _before_fork() -> None:
+    # Until the child has its own handlers: a SIGTERM that came before would be lost.
+    if _active:
+        _held_back.mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+
+def _after_fork() -> None:
+    mask = vars(_held_back).pop("mask", None)
+    if mask is not None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _after_fork_in_child() -> None:
+    for stop in reversed(_active):
+        stop.leave_to_parent()
+    _after_fork()
+    _active.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child
+    )

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
+from django.db import connections, router, transaction
+
 from ebbs_and_flows import ExecutionContext, FlowTemplate, Task, flow_runner, task
+from ebbs_and_flows.models import FlowExecution
+
+FLOWS = router.db_for_write(FlowExecution)
 
 
 def note(context: ExecutionContext, what: str) -> None:
@@ -82,3 +89,59 @@ flow_runner.register_flow_template(FlowTemplate("shop-waits", tasks=[first, wait
 flow_runner.register_flow_template(FlowTemplate("shop-killed", tasks=[first, kill_once, last]))
 flow_runner.register_flow_template(FlowTemplate("shop-deadly", tasks=[first, kill_always, last]))
 flow_runner.register_flow_template(FlowTemplate("shop-fails", tasks=[fail]))
+
+
+def _forks(context: ExecutionContext) -> ExecutionContext:
+    """Fork, and have the child end as the flow's context says."""
+    note(context, "start")
+    child = os.fork()
+    if child:
+        _, status = os.waitpid(child, 0)
+        return context.with_entries(exit_code=os.waitstatus_to_exitcode(status))
+    match context["child"]:
+        case "exits":
+            sys.exit(7)
+        case "raises":
+            raise ValueError("only in the child")
+        case "closes":
+            connections.close_all()
+        case "queries":
+            with transaction.atomic(using=FLOWS):
+                FlowExecution.objects.using(FLOWS).filter(pk=context.flow_execution_id).exists()
+            sys.exit(9)
+    return context.with_entries(exit_code="the child's own")
+
+
+@task
+async def forks_in_a_loop(context: ExecutionContext) -> ExecutionContext:
+    return _forks(context)
+
+
+def _sleep(seconds: float) -> None:
+    time.sleep(seconds)
+
+
+@task
+def ends_children(context: ExecutionContext) -> ExecutionContext:
+    """Start a process and a pool, and end them long before they are done."""
+    note(context, "start")
+    fork = multiprocessing.get_context("fork")
+    child = fork.Process(target=_sleep, args=(60,))
+    child.start()
+    child.terminate()
+    child.join(30)
+    with fork.Pool(2) as pool:
+        pool.map_async(_sleep, [60, 60])
+    pool.join()
+    return context.with_entries(exit_code=child.exitcode)
+
+
+FORKS = {
+    "shop-forks": task(name="forks")(_forks),
+    "shop-forks-atomic": task(name="forks", atomic=True)(_forks),
+    "shop-forks-async": forks_in_a_loop,
+    "shop-forks-in-time": task(name="forks", timeout=60)(_forks),
+}
+for _name, _task in FORKS.items():
+    flow_runner.register_flow_template(FlowTemplate(_name, tasks=[_task, last]))
+flow_runner.register_flow_template(FlowTemplate("shop-children", tasks=[ends_children, last]))
