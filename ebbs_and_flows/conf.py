@@ -33,6 +33,10 @@ class Settings:
     """For how many days a flow that succeeded or was cancelled is kept; 0 is for ever."""
     ENGINE: str = "ebbs_and_flows.engines.django_q.DjangoQEngine"
     """The dotted path of the class that wakes a queue's workers; `engines/` has three."""
+    MAX_DUE_SECONDS: float = 60
+    """How long a due flow may wait for workers that are free or gone until health says so."""
+    HEALTH_TOKEN: str = ""
+    """What a probe sends to be told the reason and the figures; empty tells them to none."""
     TRACE_URL: str = ""
     """Where the admin links a flow's trace to, with `{trace_id}` in it; empty links to nothing."""
 
@@ -46,7 +50,12 @@ MINIMUM: dict[str, float] = {
     "MAX_OUTPUT_BYTES": 1024,
     "MAX_LOG_BYTES": 0,
     "KEEP_DAYS": 0,
+    # Workers show every ten seconds whether they are free.
+    "MAX_DUE_SECONDS": 20,
 }
+
+SHORTEST_TOKEN = 16
+"""Characters that a token must have at least."""
 
 
 _TRACE_URL = re.compile(r"https?://\S*\{trace_id\}\S*")
@@ -80,6 +89,12 @@ def problems(configured: Any) -> list[str]:
             found.append(
                 f"EBBS_AND_FLOWS[{name!r}] is {value!r}: give it at least {MINIMUM[name]}"
                 f" and less than 2 to the 31st."
+            )
+        elif name == "HEALTH_TOKEN" and 0 < len(value) < SHORTEST_TOKEN:
+            # The token itself is not shown: problems are logged.
+            found.append(
+                f"EBBS_AND_FLOWS['HEALTH_TOKEN'] has {len(value)} characters: give it at least"
+                f" {SHORTEST_TOKEN}, such as those of secrets.token_urlsafe()."
             )
         elif name == "TRACE_URL" and value and not _TRACE_URL.fullmatch(value):
             found.append(

@@ -399,6 +399,8 @@ class WorkerProcess(models.Model):
     name = ExactCharField(_("worker"), max_length=NAME_LENGTH, unique=True)
     started_at = models.DateTimeField(_("started"))
     seen_at = models.DateTimeField(_("last seen"))
+    # Since when it has run nothing; empty while it runs something.
+    idle_since = models.DateTimeField(null=True, blank=True)
 
     class Meta:
         verbose_name = _("worker")

@@ -7,14 +7,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
 
+from django.contrib.auth.decorators import login_not_required
 from django.db import DatabaseError, InterfaceError
+from django.db.models import Count, Q
 from django.http import HttpRequest, JsonResponse
+from django.utils.crypto import constant_time_compare
+from django.views.decorators.cache import cache_control
+from django.views.decorators.http import require_safe
 
-from .bounded import bounded_counts, stored_template_names
+from .bounded import bounded_counts, oldest_due, stored_template_names
+from .conf import get_settings
+from .engines import get_engine
 from .models import FlowExecution, WorkerProcess
 from .runner import FlowRunner, flow_runner
 from .status import WAITING, FlowStatus
@@ -26,10 +34,17 @@ MAX_COUNTED = 10_000
 """Up to where flows are counted; a figure that high means: so many or more."""
 LAST_RUNS = 100
 """How many runs of each template its durations are taken from."""
-ALIVE = timedelta(seconds=60)
+ALIVE = timedelta(seconds=30)
 """A worker shows itself every ten seconds; one that is seen no more for this long is gone."""
-TOO_LATE_SECONDS = 60.0
-"""How long what is due may wait for a worker to be alive until `health` says that it is ill."""
+
+
+class Trouble(StrEnum):
+    """Why due flows are not run."""
+
+    NO_WORKER = "no worker"
+    """No worker is alive."""
+    NOT_TAKEN = "not taken"
+    """Workers are alive and have been free for long enough."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,51 +53,61 @@ class Standing:
 
     # For how long the flow that is due for the longest has been so; None if none is due.
     oldest_due_seconds: float | None
+    # How many live.
     workers: int
+    # How many of these have run nothing for `MAX_DUE_SECONDS`.
+    free_workers: int
+    # None when all is well.
+    trouble: Trouble | None = None
 
     @property
     def is_well(self) -> bool:
-        """Whether somebody works, or nothing waits for long."""
-        return bool(self.workers) or (self.oldest_due_seconds or 0) < TOO_LATE_SECONDS
+        """Whether due flows are run, or wait for workers that are busy."""
+        return self.trouble is None
+
+    @property
+    def reason(self) -> str:
+        """Why due flows are not run, and the way out, in a sentence; empty when all is well."""
+        if self.trouble is None:
+            return ""
+        due = f"A flow has been due for {self.oldest_due_seconds or 0:.0f} s"
+        command = get_engine().worker_command
+        if self.trouble is Trouble.NO_WORKER:
+            return f"{due}, and no worker is alive: start one with manage.py {command}."
+        return (
+            f"{due}, and none of the free workers ({self.free_workers}) takes it: restart what"
+            f" runs manage.py {command}."
+        )
 
 
 def standing(runner: FlowRunner = flow_runner, *, at: datetime | None = None) -> Standing:
     """Return how things stand now, by a few small queries.
 
-    Flows that no worker could run now are left out: of paused templates, and of those that are not
-    registered with the runner. Takes the database's time, where it was asked for it already.
+    Flows that no worker could run now are left out: of paused templates, of templates that run as
+    many flows as they may, and of those that are not registered with the runner. Takes the
+    database's time, where it was asked for it already.
     """
     service = runner.service
     now = at or service.repository.now()
-    oldest = oldest_due_at(now, service.paused_templates(), runner)
-    workers = WorkerProcess.objects.using(service.repository.using)
-    return Standing(
-        oldest_due_seconds=None if oldest is None else (now - oldest).total_seconds(),
-        workers=workers.filter(seen_at__gte=now - ALIVE).count(),
+    longest = timedelta(seconds=get_settings().MAX_DUE_SECONDS)
+    using = service.repository.using
+    oldest = oldest_due(service.claimable_templates(runner.templates.values()), using)
+    workers = WorkerProcess.objects.using(using).aggregate(
+        alive=Count("pk", filter=Q(seen_at__gte=now - ALIVE)),
+        free=Count("pk", filter=Q(seen_at__gte=now - ALIVE, idle_since__lte=now - longest)),
     )
-
-
-def oldest_due_at(
-    now: datetime, paused: Iterable[str], runner: FlowRunner = flow_runner
-) -> datetime | None:
-    """Return since when the oldest flow is due of the runner's templates but the paused ones.
-
-    Due flows lie in an index by rank, and its ranks are few: one look-up for each.
-    """
-    found: list[datetime] = []
-    names = set(runner.templates) - set(paused)
-    for status in WAITING:
-        waiting = runner.service.repository.flows.filter(
-            status=status, run_at__lte=now, template_name__in=names
-        )
-        rows = waiting.order_by("ready_rank", "run_at").values_list("ready_rank", "run_at")
-        unseen = waiting.filter(ready_rank=None).order_by("run_at")
-        found += unseen.values_list("run_at", flat=True)[:1]
-        row = rows.filter(ready_rank__isnull=False).first()
-        while row is not None:
-            found.append(row[1])
-            row = rows.filter(ready_rank__gt=row[0]).first()
-    return min(found, default=None)
+    trouble = None
+    if oldest is not None and oldest > longest:
+        if not workers["alive"]:
+            trouble = Trouble.NO_WORKER
+        elif workers["free"]:
+            trouble = Trouble.NOT_TAKEN
+    return Standing(
+        oldest_due_seconds=None if oldest is None else oldest.total_seconds(),
+        workers=workers["alive"],
+        free_workers=workers["free"],
+        trouble=trouble,
+    )
 
 
 def waiting_unregistered(
@@ -135,18 +160,41 @@ def reported_progress(flow: FlowExecution, running_attempt: int | None) -> Repor
     return found if is_current and flow.status == FlowStatus.RUNNING else None
 
 
+@login_not_required
+@cache_control(no_store=True)
+@require_safe
 def health(request: HttpRequest) -> JsonResponse:
-    """Answer a probe: 200 when all is well, else 503, with a JSON object that says why.
+    """Answer a probe: 200 with `{"status": "up"}`, else 503 with `{"status": "down"}`.
 
-    All is well when the database answers, and a worker is alive or nothing has been due for a
-    minute. It tells figures only, so it needs no login.
+    It is up when the database answers and no flow has been due for more than `MAX_DUE_SECONDS`
+    while no worker was alive, or while live workers were free. Flows that wait for workers which
+    are busy are not counted as trouble.
+
+    With the header `Authorization: Bearer …`, with `HEALTH_TOKEN`, the answer has the reason in a
+    sentence and the figures as well. It never has a value of a flow.
     """
     try:
         now = standing()
     except (DatabaseError, InterfaceError):
-        return JsonResponse({"status": "the database does not answer"}, status=503)
-    status = "ok" if now.is_well else "flows are due and no worker is alive"
-    return JsonResponse({"status": status, **asdict(now)}, status=200 if now.is_well else 503)
+        details: dict[str, Any] = {"reason": "The database does not answer."}
+        is_up = False
+    else:
+        is_up = now.is_well
+        details = {
+            "reason": now.reason,
+            "oldest_due_seconds": now.oldest_due_seconds,
+            "workers": now.workers,
+            "free_workers": now.free_workers,
+        }
+    answer = {"status": "up" if is_up else "down", **(details if _may_know(request) else {})}
+    return JsonResponse(answer, status=200 if is_up else 503)
+
+
+def _may_know(request: HttpRequest) -> bool:
+    """Return whether a request has the token of `HEALTH_TOKEN`."""
+    token = get_settings().HEALTH_TOKEN
+    given = request.headers.get("Authorization", "")
+    return bool(token) and constant_time_compare(given, f"Bearer {token}")
 
 
 class FlowCollector:
@@ -201,5 +249,5 @@ class FlowCollector:
             value=now.oldest_due_seconds or 0,
         )
         yield GaugeMetricFamily(
-            "ebbs_and_flows_workers", "Workers seen within a minute.", value=now.workers
+            "ebbs_and_flows_workers", "Workers seen within 30 seconds.", value=now.workers
         )

@@ -10,6 +10,7 @@ from datetime import timedelta
 
 from django.db import connections, router
 
+from .activity import activity
 from .models import WorkerProcess
 from .repository import DatabaseNow
 from .worker import worker_name
@@ -89,8 +90,13 @@ class Presence(threading.Thread):
         if not self._refresh_at:
             # Of an earlier process that had this one's number.
             seen.delete()
-        if not seen.update(seen_at=DatabaseNow()):
-            workers.create(name=worker_name(), started_at=DatabaseNow(), seen_at=DatabaseNow())
+        idle = activity.idle_seconds
+        shown = {
+            "seen_at": DatabaseNow(),
+            "idle_since": None if idle is None else DatabaseNow(-timedelta(seconds=idle)),
+        }
+        if not seen.update(**shown):
+            workers.create(name=worker_name(), started_at=DatabaseNow(), **shown)
         workers.filter(seen_at__lt=DatabaseNow(-KEPT)).delete()
 
     def _leave(self) -> float:

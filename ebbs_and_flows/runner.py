@@ -11,6 +11,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from django.db import OperationalError
 
+from .activity import activity
 from .conf import get_settings
 from .context import ExecutionContext
 from .engines import get_engine
@@ -595,7 +596,8 @@ class FlowRunner:
         return self.service.count_due(self._chosen(templates), wanted)
 
     def _run(self, run: ClaimedRun, worker: Worker) -> None:
-        worker.run(run, self._templates[run.flow.template_name])
+        with activity.running():
+            worker.run(run, self._templates[run.flow.template_name])
 
     def _dispatch(self, flow: FlowExecution) -> None:
         # A flow that is for later has no rank yet: a pacemaker wakes a worker for it.

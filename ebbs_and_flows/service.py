@@ -444,6 +444,14 @@ class FlowService(BulkService):
         limits = {name: limit for name, limit in offered.items() if limit is not None}
         return self.repository.best_template(statuses, offered, limits) is not None
 
+    def claimable_templates(self, templates: Iterable[FlowTemplate]) -> set[str]:
+        """Return the templates that are neither paused nor run as many flows as they may."""
+        limits = {template.name: template.max_running for template in templates}
+        limited = [name for name, limit in limits.items() if limit is not None]
+        running = self.repository.count_running(limited) if limited else {}
+        full = {name for name, count in running.items() if count >= (limits[name] or 0)}
+        return set(limits) - set(self.paused_templates()) - full
+
     def paused_templates(self) -> dict[str, FlowTemplateState]:
         """Return what is known of the paused templates, by their names."""
         paused = self.repository.template_states.filter(paused_at__isnull=False)

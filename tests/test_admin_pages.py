@@ -522,9 +522,29 @@ def test_the_overview_counts_and_warns_when_nobody_works(
     assert "No worker is running" not in text
     assert "w:1" in text
     WorkerProcess.objects.update(seen_at=now - timedelta(minutes=2))
-    assert "Start one with manage.py qcluster." in page(admin_client, LIST)
+    text = page(admin_client, LIST)
+    assert "Start one with manage.py qcluster." in text
+    # What is gone is no worker.
+    assert "w:1" not in text
+    assert "No worker at the moment." in text
     settings.EBBS_AND_FLOWS = {"ENGINE": "ebbs_and_flows.engines.foreground.ForegroundEngine"}
     assert "Start one with manage.py runflows --watch." in page(admin_client, LIST)
+
+
+def test_the_overview_warns_when_free_workers_leave_due_flows(admin_client: Client) -> None:
+    flow = flow_runner.schedule_flow("billing")
+    now = timezone.now()
+    FlowExecution.objects.filter(pk=flow.pk).update(run_at=now - timedelta(minutes=5))
+    for name, idle_since in (("w:1", now - timedelta(hours=1)), ("w:2", None)):
+        WorkerProcess.objects.create(name=name, started_at=now, seen_at=now, idle_since=idle_since)
+    response = admin_client.get(LIST)
+    text = response.content.decode()
+    assert 'class="ebbs-warning" role="alert">A flow has been due for 5 min' in text
+    assert "and 1 free worker does not take it. Restart what runs manage.py qcluster." in text
+    assert "2 workers" in text
+    assert response.context["overview"].figures[3].tone == "bad"
+    WorkerProcess.objects.update(idle_since=None)
+    assert "Restart what runs" not in page(admin_client, LIST)
 
 
 def test_the_overview_finds_the_oldest_due_flow_behind_others_of_every_priority(

@@ -141,10 +141,12 @@ def test_what_stands_on_top(tmp_path: Path) -> None:
     WorkerProcess.objects.all().delete()
     move_clock(timedelta(minutes=5))
     alarming = sight_of(look(selection()))
-    assert alarming.alarm == (
-        "Flows are due and no worker is alive. Start one with manage.py qcluster."
+    assert re.fullmatch(
+        r"A flow has been due for 3\d\d s, and no worker is alive:"
+        r" start one with manage.py qcluster\.",
+        alarming.alarm,
     )
-    assert any(line.startswith("! Flows are due") for line in drawn(alarming))
+    assert any(line.startswith("! A flow has been due") for line in drawn(alarming))
 
 
 @pytest.mark.django_db

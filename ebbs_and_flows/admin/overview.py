@@ -18,7 +18,7 @@ from .. import clock
 from ..durations import duration
 from ..engines import get_engine
 from ..models import FlowExecution, WorkerProcess
-from ..monitoring import ALIVE, oldest_due_at
+from ..monitoring import ALIVE, Standing, Trouble, standing
 from ..service import flow_service
 from ..status import WAITING, FlowStatus
 from .queries import bounded_counts, flows
@@ -27,9 +27,6 @@ MAX_COUNTED = 10_000
 HOURS = 24
 MAX_WORKERS = 20
 MAX_RUNNING = 50
-SEEN_LATELY = timedelta(minutes=10)
-TOO_LATE = timedelta(seconds=30)
-"""For how long what is due may wait before somebody should ask whether a worker runs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,11 +41,11 @@ class Figure:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShownWorker:
-    """A worker, when it was last seen, and what it runs."""
+    """A worker that lives, when it was last seen, and the flows that it runs."""
 
     name: str
     seen: str
-    is_alive: bool
+    is_idle: bool
     runs: list[FlowExecution]
 
 
@@ -77,16 +74,10 @@ def overview() -> Overview:
     )
     waiting, running = counts[:2]
     failed, succeeded = counts[2 : HOURS + 2], counts[HOURS + 2 :]
-    paused = flow_service.paused_templates()
-    oldest = oldest_due_at(now, paused)
-    age = now - oldest if oldest else None
-    workers = _workers(now)
-    alarm = ""
-    if age is not None and age > TOO_LATE and not any(worker.is_alive for worker in workers):
-        alarm = _(
-            "No worker is running, and a flow has been due for %(age)s. Start one with"
-            " manage.py %(command)s."
-        ) % {"age": duration(age), "command": get_engine().worker_command}
+    stands = standing()
+    oldest = stands.oldest_due_seconds
+    age = None if oldest is None else timedelta(seconds=oldest)
+    alarm = _alarm(stands, age)
     return Overview(
         figures=[
             Figure(name=_("Waiting"), value=_at_most(waiting), query="status=waiting"),
@@ -105,9 +96,40 @@ def overview() -> Overview:
             ),
         ],
         hours=_hours_drawing(hours, succeeded, failed),
-        workers=workers,
+        workers=_workers(now),
         alarm=alarm,
     )
+
+
+def _alarm(stands: Standing, age: timedelta | None) -> str:
+    """Return what a person has to do something about; else empty."""
+    said = {
+        "age": duration(age or timedelta(0)),
+        "command": get_engine().worker_command,
+        "count": stands.free_workers,
+    }
+    match stands.trouble:
+        case Trouble.NO_WORKER:
+            return (
+                _(
+                    "No worker is running, and a flow has been due for %(age)s. Start one with"
+                    " manage.py %(command)s."
+                )
+                % said
+            )
+        case Trouble.NOT_TAKEN:
+            return (
+                ngettext(
+                    "A flow has been due for %(age)s, and %(count)d free worker does not take it."
+                    " Restart what runs manage.py %(command)s.",
+                    "A flow has been due for %(age)s, and %(count)d free workers do not take it."
+                    " Restart what runs manage.py %(command)s.",
+                    stands.free_workers,
+                )
+                % said
+            )
+        case None:
+            return ""
 
 
 def _at_most(count: int, is_more: bool = False) -> str:
@@ -124,7 +146,7 @@ def _ended(status: FlowStatus, start: datetime, end: datetime) -> Any:
 
 def _workers(now: datetime) -> list[ShownWorker]:
     using = flow_service.repository.using
-    seen = WorkerProcess.objects.using(using).filter(seen_at__gte=now - SEEN_LATELY)
+    seen = WorkerProcess.objects.using(using).filter(seen_at__gte=now - ALIVE)
     held = flows().filter(status=FlowStatus.RUNNING, lease_expires_at__gt=now)
     runs: dict[str, list[FlowExecution]] = {}
     for flow in held.order_by("-pk")[:MAX_RUNNING]:
@@ -136,13 +158,13 @@ def _workers(now: datetime) -> list[ShownWorker]:
             ShownWorker(
                 name=worker.name,
                 seen=_("seen %(age)s ago") % {"age": duration(max(age, timedelta(0)))},
-                is_alive=age < ALIVE,
+                is_idle=worker.idle_since is not None,
                 runs=runs.pop(worker.name, []),
             )
         )
     # A process may run a flow without being a worker for long.
     workers += [
-        ShownWorker(name=name, seen=_("holds a flow"), is_alive=True, runs=its)
+        ShownWorker(name=name, seen=_("holds a flow"), is_idle=False, runs=its)
         for name, its in sorted(runs.items())[:MAX_WORKERS]
         if name
     ]

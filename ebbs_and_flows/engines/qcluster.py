@@ -35,8 +35,10 @@ from django_q.conf import Conf
 from django_q.monitor import monitor
 from django_q.pusher import pusher
 from django_q.queues import Queue, SharedCounter
-from django_q.signals import pre_execute
+from django_q.signals import post_execute_in_worker, pre_execute
 from django_q.worker import worker
+
+from ..activity import activity
 
 logger = logging.getLogger("ebbs_and_flows")
 
@@ -324,14 +326,20 @@ def _has_dead_child(pid: int) -> bool:
     return any(state.rpartition(")")[2].split()[0] == "Z" for state in states)
 
 
-def _note_message(**_: Any) -> None:
+def _begin_message(**_: Any) -> None:
+    activity.begin("message")
     if _member is not None:
         _member.note_message()
 
 
+def _end_message(**_: Any) -> None:
+    activity.end("message")
+
+
 def keep_going() -> None:
     """Have each cluster that this process starts go on when its processes are killed."""
-    pre_execute.connect(_note_message, dispatch_uid="ebbs_and_flows.cluster")
+    pre_execute.connect(_begin_message, dispatch_uid="ebbs_and_flows.cluster")
+    post_execute_in_worker.connect(_end_message, dispatch_uid="ebbs_and_flows.cluster")
     os.register_at_fork(
         before=_stay_at_sigterm, after_in_parent=_watch_guard, after_in_child=_join_cluster
     )

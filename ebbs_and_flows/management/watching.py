@@ -13,7 +13,6 @@ from django.db import InterfaceError, OperationalError, connections
 from django.db.models import OuterRef, Subquery
 
 from ..durations import duration
-from ..engines import get_engine
 from ..models import FlowExecution
 from ..monitoring import (
     MAX_COUNTED,
@@ -153,11 +152,7 @@ class Sight:
             )
         alarms = unregistered_in_words(self.glance.unregistered)
         if not self.glance.standing.is_well:
-            alarms.insert(
-                0,
-                "Flows are due and no worker is alive. Start one with"
-                f" manage.py {get_engine().worker_command}.",
-            )
+            alarms.insert(0, self.glance.standing.reason)
         return " ".join(alarms)
 
 
