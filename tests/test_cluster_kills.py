@@ -41,12 +41,8 @@ pytestmark = [
 ]
 
 KILLS = int(os.environ.get("EBBS_TEST_KILLS", "1"))
-LEASE = 10
-
-
-@pytest.fixture(autouse=True)
-def _short_lease(environment: dict[str, str]) -> None:
-    environment["EBBS_TEST_LEASE_SECONDS"] = str(LEASE)
+LEASE = 30
+"""Seconds; the default."""
 
 
 def found(cluster: subprocess.Popen[str], role: str) -> int:
@@ -88,7 +84,9 @@ def test_i1_due_flows_run_when_a_process_of_an_idle_cluster_was_killed(
     # Nothing but the cluster itself has started it again.
     assert cluster.poll() is None
     cluster.terminate()
-    assert cluster.wait(60) == 0
+    # The signal itself ends one that is just being started again.
+    assert cluster.wait(60) in (0, -signal.SIGTERM)
+    until(lambda: not processes.members_of(cluster.pid), "the end of the others")
 
 
 @pytest.mark.parametrize("trial", range(KILLS))
@@ -114,6 +112,7 @@ def test_i1_nothing_is_left_of_a_cluster_whose_main_process_was_killed(
 def test_i1_i2_a_backlog_is_done_when_a_process_of_a_busy_cluster_was_killed(
     start_cluster: Start, environment: dict[str, str], tmp_path: Path, role: str, trial: int
 ) -> None:
+    environment["EBBS_TEST_LEASE_SECONDS"] = "5"
     schedule(environment, "shop-paced", tmp_path, 12)
     cluster = start_cluster()
     victim = running_worker()

@@ -272,9 +272,11 @@ def _watch_guard() -> None:
     """Have the main process outlive its guard; it runs after each of its forks."""
     cluster = _cluster()
     if cluster is not None:
-        atexit.unregister(_outlive_guard)
+        main = _Main(cluster)
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signum, main.on_signal)
         # It runs before multiprocessing's own, which waits for the guard.
-        atexit.register(_outlive_guard, cluster)
+        atexit.register(main.outlive_guard)
 
 
 def _cluster() -> Any:
@@ -283,26 +285,40 @@ def _cluster() -> Any:
     return cluster if isinstance(cluster, Cluster) and cluster.stop_event is not None else None
 
 
-def _outlive_guard(cluster: Any) -> None:
-    """Wait until the guard ends; start the cluster again if it was not told to stop."""
-    if cluster.pid != os.getpid() or cluster.stop_event is None:
-        return
-    if not _is_set(cluster.start_event):
-        # It could not start, and says why.
-        return
-    guard = cluster.sentinel
-    unreplaced = 0
-    while guard.is_alive():
-        guard.join(1)
-        unreplaced = unreplaced + 1 if _has_dead_child(guard.pid) else 0
-        if unreplaced >= DEAD_SECONDS:
-            # It waits for a lock that a process that was killed has left.
-            guard.kill()
-    if cluster.stop_event is None:
-        return
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        # Django-q2's handler would do nothing any more.
-        signal.signal(signum, signal.SIG_DFL)
+class _Main:
+    """The main process of a cluster, which has just started the guard."""
+
+    def __init__(self, cluster: Any) -> None:
+        self._cluster = cluster
+        self._was_told = False
+
+    def on_signal(self, signum: int, frame: FrameType | None) -> None:
+        """Stop the cluster, as django-q2 does; which does nothing when the guard is dead."""
+        self._was_told = True
+        self._cluster.sig_handler(signum, frame)
+
+    def outlive_guard(self) -> None:
+        """Wait until the guard ends; start the cluster again if it was not told to stop."""
+        cluster, unreplaced = self._cluster, 0
+        if cluster.pid != os.getpid() or cluster.stop_event is None:
+            return
+        if not _is_set(cluster.start_event):
+            # It could not start, and says why.
+            return
+        while cluster.sentinel.is_alive():
+            cluster.sentinel.join(1)
+            unreplaced = unreplaced + 1 if _has_dead_child(cluster.sentinel.pid) else 0
+            if unreplaced >= DEAD_SECONDS:
+                # It waits for a lock that a process that was killed has left.
+                cluster.sentinel.kill()
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signum, signal.SIG_DFL)
+        if not self._was_told and cluster.stop_event is not None:
+            _start_again()
+
+
+def _start_again() -> None:
+    """Replace this main process by a new one; where that cannot be done, end with status 1."""
     again = sys.argv[1:2] == ["qcluster"] and "--run-once" not in sys.argv
     logger.critical(
         "The guard process of the cluster was killed: the cluster %s.",
