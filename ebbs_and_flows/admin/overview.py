@@ -106,7 +106,7 @@ def _alarm(stands: Standing, age: timedelta | None) -> str:
     said = {
         "age": duration(age or timedelta(0)),
         "command": get_engine().worker_command,
-        "count": stands.free_workers,
+        "workers": stands.free_workers,
     }
     match stands.trouble:
         case Trouble.NO_WORKER:
@@ -120,10 +120,10 @@ def _alarm(stands: Standing, age: timedelta | None) -> str:
         case Trouble.NOT_TAKEN:
             return (
                 ngettext(
-                    "A flow has been due for %(age)s, and %(count)d free worker does not take it."
-                    " Restart what runs manage.py %(command)s.",
-                    "A flow has been due for %(age)s, and %(count)d free workers do not take it."
-                    " Restart what runs manage.py %(command)s.",
+                    "A flow has been due for %(age)s, and %(workers)s free worker does not take"
+                    " it. Restart what runs manage.py %(command)s.",
+                    "A flow has been due for %(age)s, and %(workers)s free workers do not take"
+                    " it. Restart what runs manage.py %(command)s.",
                     stands.free_workers,
                 )
                 % said
