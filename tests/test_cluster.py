@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from django.utils import timezone
 from django_q.models import OrmQ
+from django_q.tasks import async_task
 
 from ebbs_and_flows import FlowStatus, flow_runner
 from ebbs_and_flows.models import FlowExecution, TaskExecution, WorkerProcess
@@ -216,6 +217,15 @@ def test_the_workers_of_a_cluster_are_listed_while_they_live(start_cluster: Star
     cluster.terminate()
     cluster.wait(30)
     assert not WorkerProcess.objects.exists()
+
+
+@pytest.mark.parametrize("broker", ["orm"], indirect=True)
+def test_a_worker_is_busy_with_another_task_of_the_queue_too(start_cluster: Start) -> None:
+    async_task("time.sleep", 40)
+    start_cluster()
+    busy = WorkerProcess.objects.filter(idle_since=None)
+    until(lambda: busy.count() == 1 and WorkerProcess.objects.count() == 2, "one busy worker")
+    assert WorkerProcess.objects.exclude(idle_since=None).count() == 1
 
 
 def test_i1_i2_lost_and_repeated_messages_do_no_harm(

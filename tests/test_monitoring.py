@@ -13,6 +13,7 @@ from django.utils import timezone
 from prometheus_client import CollectorRegistry, generate_latest
 
 from ebbs_and_flows import FlowRunner, FlowTemplate, flow_runner, task
+from ebbs_and_flows.activity import activity
 from ebbs_and_flows.bounded import oldest_due
 from ebbs_and_flows.models import FlowExecution, WorkerProcess
 from ebbs_and_flows.monitoring import (
@@ -190,6 +191,20 @@ def test_a_flow_whose_worker_was_lost_is_due_from_the_end_of_its_lease() -> None
     assert oldest is not None
     assert 90 <= oldest < 100
     assert standing().trouble is Trouble.NO_WORKER
+
+
+def test_a_process_is_busy_while_it_runs_a_flow(runner: FlowRunner) -> None:
+    seconds: list[float | None] = []
+
+    @task(name="only")
+    def only(context: Any) -> Any:
+        seconds.append(activity.idle_seconds)
+        return context
+
+    runner.register_flow_template(FlowTemplate("busy", tasks=[only]))
+    run_flow("busy", runner=runner)
+    assert seconds == [None]
+    assert activity.idle_seconds is not None
 
 
 def hold(flow: FlowExecution, lease: timedelta = timedelta(seconds=30)) -> None:
