@@ -34,6 +34,7 @@ from .exceptions import (
     TransactionLeftOpen,
     UnreadableValue,
     UnstorableValue,
+    UnsupportedDatabase,
     WrongEntryType,
 )
 
@@ -83,6 +84,7 @@ __all__ = [
     "TransactionLeftOpen",
     "UnreadableValue",
     "UnstorableValue",
+    "UnsupportedDatabase",
     "WrongEntryType",
     "context_type",
     "flow_runner",

@@ -38,11 +38,12 @@ class EbbsAndFlowsConfig(AppConfig):
 
     def ready(self) -> None:
         """Connect the system checks and load every installed app's flows."""
-        from .checks import check_settings
+        from .checks import check_server_of_flows, check_settings
         from .engines import get_engine
         from .pacemaker import start
 
         checks.register(check_settings)
+        checks.register(check_server_of_flows, checks.Tags.database)
         _load_flows()
         # A bad ENGINE is named by the checks, which could not be run if it were raised here.
         with suppress(ImproperSetting):

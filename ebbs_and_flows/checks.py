@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -12,6 +13,8 @@ from django.db import connections, router
 from .conf import get_settings, problems
 from .engines import get_engine
 from .exceptions import EbbsAndFlowsError, ImproperSetting
+from .repository import FlowRepository
+from .requirements import check_configuration, check_server
 
 SHORTEST_LEASE = 10.0
 """Seconds; a lease that is not longer is warned about."""
@@ -43,6 +46,7 @@ def check_settings(**kwargs: Any) -> list[CheckMessage]:
                 id="ebbs_and_flows.E005",
             )
         )
+    found += check_configuration(using)
     found += _check_engine(using)
     found += _check_templates()
     found += _check_recurring(may_ask=kwargs.get("databases") is not None)
@@ -50,6 +54,14 @@ def check_settings(**kwargs: Any) -> list[CheckMessage]:
     if connections[using].vendor == "sqlite":
         found += _check_sqlite(using)
     return found
+
+
+def check_server_of_flows(
+    *, databases: Sequence[str] | None = None, **kwargs: Any
+) -> list[CheckMessage]:
+    """Return what the server of the flows' database says; for `check --database`."""
+    repository = FlowRepository()
+    return check_server(repository) if repository.using in (databases or ()) else []
 
 
 def _check_sqlite(using: str) -> list[CheckMessage]:

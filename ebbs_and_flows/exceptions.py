@@ -133,6 +133,10 @@ class OuterTransaction(EbbsAndFlowsError, RuntimeError):
     """A flow was run inside somebody's transaction, where no step would be durable."""
 
 
+class UnsupportedDatabase(EbbsAndFlowsError, RuntimeError):
+    """The database is set up so that flows cannot be run safely on it."""
+
+
 class ClaimLost(EbbsAndFlowsError, RuntimeError):
     """Another worker, or nobody, holds the flow now; this one must write nothing more."""
 

@@ -11,8 +11,10 @@ from datetime import timedelta
 from django.db import connections, router
 
 from .activity import activity
+from .exceptions import UnsupportedDatabase
 from .models import WorkerProcess
-from .repository import DatabaseNow
+from .repository import DatabaseNow, FlowRepository
+from .requirements import require_second_connection, require_supported
 from .worker import worker_name
 
 logger = logging.getLogger("ebbs_and_flows")
@@ -62,6 +64,10 @@ class Presence(threading.Thread):
 
     def beat(self) -> float:
         """Do what is to be done now; return the seconds until the next beat."""
+        if not self._refresh_at:
+            repository = FlowRepository()
+            require_supported(repository)
+            require_second_connection(repository)
         if time.monotonic() >= self._refresh_at:
             self._show()
             self._refresh_at = time.monotonic() + REFRESH_SECONDS
@@ -72,6 +78,12 @@ class Presence(threading.Thread):
         what = what or self.what
         try:
             seconds = action()
+        except UnsupportedDatabase as error:
+            if not self._failing:
+                logger.error("This worker runs no flows: %s", error)
+            self._failing = True
+            connections.close_all()
+            return REFRESH_SECONDS
         except Exception:
             if what not in self._failing:
                 logger.warning("The %s has failed; it tries on.", what, exc_info=True)

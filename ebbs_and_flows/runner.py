@@ -24,6 +24,7 @@ from .flows import FlowTemplate
 from .models import FlowExecution
 from .recurrence import Recurrence
 from .repository import ClaimedRun, Due, is_contention
+from .requirements import require_supported
 from .service import FlowOrPk, FlowService
 from .signals import announce_refusal
 from .status import FlowStatus
@@ -400,7 +401,7 @@ class FlowRunner:
         """Claim the best due flow in that status, run it to its end here, and return it.
 
         None if none is due. `strategy` is SCHEDULED or RESCHEDULED, else `InvalidArgument`.
-        Raises `OuterTransaction` within somebody's transaction.
+        Raises `OuterTransaction` within somebody's transaction, `UnsupportedDatabase`.
         """
         return self.run_next(statuses=[self.service.check_strategy(strategy)])
 
@@ -412,9 +413,10 @@ class FlowRunner:
         """Run that flow here and now, whether it is due or not, and return it.
 
         One that cannot be claimed is returned as it is, untouched. Raises
-        `FlowTemplateNotFound`, `OuterTransaction`.
+        `FlowTemplateNotFound`, `OuterTransaction`, `UnsupportedDatabase`.
         """
         self.service.repository.check_no_outer_transaction()
+        require_supported(self.service.repository)
         wanted = self.service.get_flow_execution(flow)
         if wanted.status == FlowStatus.RUNNING and self.service.recover_expired():
             wanted = self.service.get_flow_execution(flow)
@@ -444,6 +446,7 @@ class FlowRunner:
         repository = self.service.repository
         repository.drop_broken_connections()
         repository.check_no_outer_transaction()
+        require_supported(repository)
         wanted = CLAIMABLE if statuses is None else statuses
         chosen = self._chosen(templates)
         at_once = False

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, TypeVar
 
-from django.db import DatabaseError, InterfaceError, OperationalError
+from django.db import DatabaseError, InterfaceError
 
 from . import telemetry
 from .body import AttemptInProgress, BodyFailed, Outcome, drop_connections, run_body
@@ -29,7 +29,7 @@ from .exceptions import (
 from .flows import FlowTemplate, Task
 from .heartbeat import WatchedRun, heartbeat, report_claim_lost
 from .outputs import describe, error_message
-from .repository import ClaimedRun, is_contention
+from .repository import ClaimedRun, is_contention, is_outage, is_refusal
 from .service import FlowService
 from .status import TaskStatus
 from .tasklog import keeping
@@ -71,7 +71,12 @@ class Worker:
         watch = nullcontext(None) if inside else heartbeat.watch(self._service, run)
         watched: WatchedRun | None = None
         try:
-            if not self._service.begin(run, template):
+            before = replace(run)
+            if not self.retry_on_outage(
+                run,
+                lambda: self._service.begin(run, template),
+                lambda: run.go_back_to(before),
+            ):
                 return
             with watch as watched, keeping() as keeper:
                 attempt = AttemptInProgress(self._service, run, watched, keeper)
@@ -127,8 +132,8 @@ class Worker:
         except BodyFailed as failed:
             return self._fail(run, task, failed, span)
         except (DatabaseError, InterfaceError) as error:
-            if isinstance(error, (OperationalError, InterfaceError)):
-                # The database stayed away for a whole lease: the flow is recovered.
+            if is_outage(error):
+                # The database refused for a whole lease: the flow is recovered.
                 raise
             # What was written is refused.
             return self._fail(run, task, BodyFailed(error, log), span)
@@ -148,38 +153,45 @@ class Worker:
         Whatever is raised, by the body, by the commit or by a hook of the task's own after it, is
         a `BodyFailed`; and the run is where it was, for what was not committed has not been.
         """
-        before, raw, log = replace(run), None, ""
+        before, raw, log, has_refused = replace(run), None, "", False
+        connection = self._repository.connection
         try:
             step = self._repository.step()
             # Nothing is done yet, so that a writer in the way costs the task nothing.
             self.retry_on_outage(run, step.__enter__)
             # Hooks of the task's own run after the commit.
             with SameProcess(), _Entered(step):
-                raw = self._repository.connection.connection
-                outcome = run_body(task, run, attempt, ends_at)
-                log = outcome.log
-                return self._succeed(run, outcome, next_task, hand_back=self._stop())
+                raw = connection.connection
+                try:
+                    outcome = run_body(task, run, attempt, ends_at)
+                    log = outcome.log
+                    return self._succeed(run, outcome, next_task, hand_back=self._stop())
+                except BaseException:
+                    # The rollback forgets it.
+                    has_refused = connection.errors_occurred
+                    raise
         except (KeyboardInterrupt, GeneratorExit, ClaimLost):
             run.go_back_to(before)
             raise
         except BodyFailed as failed:
-            failed.was_undone = self._was_undone(failed.error, raw)
+            failed.was_undone = self._was_undone(failed.error, raw, has_refused)
             raise
         except BaseException as error:
             if raw is None:
                 # It could not begin.
                 raise
             run.go_back_to(before)
-            raise BodyFailed(
-                error, log, at_commit=True, was_undone=self._was_undone(error, raw)
-            ) from error
+            was_undone = self._was_undone(error, raw, has_refused)
+            raise BodyFailed(error, log, at_commit=True, was_undone=was_undone) from error
 
-    def _was_undone(self, error: BaseException, raw: object) -> bool:
-        """Whether the database undid a transaction for another one's sake, or lost it."""
-        if not issubclass(type(error), (OperationalError, InterfaceError)):
+    def _was_undone(self, error: BaseException, raw: object, has_refused: bool) -> bool:
+        """Whether the database undid a transaction for another one's sake, lost or refused it."""
+        if not is_outage(error):
             return False
         # Django has opened another connection, or none, where this one was lost.
-        return is_contention(error) or self._repository.connection.connection is not raw
+        is_lost = self._repository.connection.connection is not raw
+        # A read-only database of the task's own is the task's affair.
+        return is_lost or is_contention(error) or (has_refused and is_refusal(error))
 
     def _succeed(
         self, run: ClaimedRun, outcome: Outcome, next_task: str | None, *, hand_back: bool
@@ -276,26 +288,30 @@ class Worker:
         """
         until = time.monotonic() + get_settings().LEASE_SECONDS
         pause = _FIRST_PAUSE
-        unsettled = False
+        has_failed = False
         while True:
             try:
-                if unsettled:
+                if has_failed:
                     settled = ask()
                     if settled is not None:
                         return settled
                 return action()
-            except (OperationalError, InterfaceError):
+            except (DatabaseError, InterfaceError) as error:
                 connection = self._repository.connection
-                if connection.in_atomic_block or time.monotonic() >= until:
+                if not is_outage(error) or connection.in_atomic_block or time.monotonic() >= until:
                     raise
-                logger.warning(
-                    "Flow %s: the database does not answer; it is asked again.",
-                    run.flow.pk,
-                    exc_info=not unsettled,
-                    extra={"flow": run.flow.pk, "template": run.flow.template_name},
-                )
+                if not has_failed:
+                    logger.warning(
+                        "Flow %s: the database refuses; what is to be stored is kept, and tried"
+                        " again for %g s.",
+                        run.flow.pk,
+                        get_settings().LEASE_SECONDS,
+                        exc_info=True,
+                        extra={"flow": run.flow.pk, "template": run.flow.template_name},
+                    )
+                # After a failover the server that takes writes may be another one.
                 connection.close()
-                unsettled = True
+                has_failed = True
                 time.sleep(pause)
                 pause = min(pause * 2, _LONGEST_PAUSE)
 

@@ -6,11 +6,12 @@ import time
 from collections.abc import Callable
 from datetime import datetime, timedelta
 
-from django.db import InterfaceError, OperationalError
+from django.db import DatabaseError, InterfaceError, connections
 
 from .. import clock
 from ..conf import get_settings
-from ..exceptions import EbbsAndFlowsError
+from ..exceptions import EbbsAndFlowsError, UnsupportedDatabase
+from ..repository import is_outage
 
 FIRED_FOR = timedelta(hours=1)
 """How long it is tried to schedule a recurring flow that raises."""
@@ -28,10 +29,22 @@ def run_slice(is_stopping: Callable[[], bool], hand_on: Callable[[], object]) ->
     def is_over() -> bool:
         return time.monotonic() >= ends_at or is_stopping()
 
-    while not is_over():
-        if flow_runner.run_next(stop=is_over) is None and not is_over():
-            return
-    if flow_runner.has_work():
+    try:
+        while not is_over():
+            if flow_runner.run_next(stop=is_over) is None and not is_over():
+                return
+        has_more = flow_runner.has_work()
+    except UnsupportedDatabase as error:
+        logger.error("This worker runs no flows: %s", error)
+        return
+    except (DatabaseError, InterfaceError) as error:
+        if not is_outage(error):
+            raise
+        # The message was a hint: a pacemaker gives another one when the database answers again.
+        logger.warning("The database refuses (%s): its flows wait until it answers.", error)
+        connections.close_all()
+        return
+    if has_more:
         hand_on()
 
 
@@ -46,9 +59,9 @@ def fire(name: str, intended_at: datetime) -> None:
 
     try:
         flow_runner.fire_recurring(name, intended_at)
-    except (OperationalError, InterfaceError):
-        raise
     except Exception as error:
+        if is_outage(error):
+            raise
         is_late = clock.now() - intended_at > FIRED_FOR
         if not isinstance(error, EbbsAndFlowsError) and not is_late:
             raise

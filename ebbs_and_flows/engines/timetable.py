@@ -7,10 +7,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 
-from django.db import InterfaceError, OperationalError
-
 from .. import clock
 from ..recurrence import Recurrence
+from ..repository import is_outage
 from . import QueueSchedule
 from .slices import fire
 
@@ -53,9 +52,9 @@ class Timetable:
         """Log what is raised within the block, once until it works again."""
         try:
             yield
-        except (OperationalError, InterfaceError):
-            raise
-        except Exception:
+        except Exception as error:
+            if is_outage(error):
+                raise
             if name not in self._failing:
                 logger.exception(
                     "The recurring flow %r could not be scheduled; it is tried again.", name

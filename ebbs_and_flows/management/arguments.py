@@ -10,13 +10,14 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from django.core.management import CommandError
-from django.db import InterfaceError, OperationalError, ProgrammingError
+from django.db import DatabaseError, InterfaceError, ProgrammingError
 from django.utils import timezone
 from django.utils.dateparse import parse_date, parse_datetime
 
 from .. import clock
 from ..exceptions import EbbsAndFlowsError, FlowTemplateNotFound, UnreadableInput
 from ..operator_input import find_any_row, parse, read_like, value_like
+from ..repository import is_outage
 from ..runner import flow_runner
 from ..validation import NAME_LENGTH
 from ..values import TAG
@@ -33,7 +34,9 @@ def refusals() -> Iterator[None]:
         yield
     except EbbsAndFlowsError as error:
         raise CommandError(str(error)) from error
-    except (OperationalError, InterfaceError, ProgrammingError) as error:
+    except (DatabaseError, InterfaceError) as error:
+        if not (is_outage(error) or isinstance(error, ProgrammingError)):
+            raise
         raise CommandError(
             f"The database cannot be used ({first_line(error)}): look whether it runs, and whether"
             f" manage.py migrate has been run."

@@ -45,8 +45,30 @@ def run_due(
     `take` and `give_back` count the flows of several processes against one limit. With `watch`,
     it waits for a database that went away, and shows meanwhile that it lives.
     """
+    check_database(choice)
     with _beside_watching() if choice.watch else nullcontext():
         _run_due(choice, stop, report, on_task, take, give_back)
+
+
+def check_database(choice: Choice) -> None:
+    """Raise `UnsupportedDatabase` where flows cannot be run safely.
+
+    With `watch`, a database that does not answer is not waited for here.
+    """
+    from django.db import DatabaseError, InterfaceError
+
+    from ..repository import is_outage
+    from ..requirements import require_second_connection, require_supported
+    from ..runner import flow_runner
+
+    repository = flow_runner.service.repository
+    try:
+        require_supported(repository)
+        require_second_connection(repository)
+    except (DatabaseError, InterfaceError) as error:
+        # What it is like is asked by each look for flows, too.
+        if not (choice.watch and is_outage(error)):
+            raise
 
 
 def _beside_watching() -> Presence:
@@ -67,9 +89,10 @@ def _run_due(
     take: Callable[[], bool] | None,
     give_back: Callable[[], None] | None,
 ) -> None:
-    from django.db import InterfaceError, OperationalError, connections
+    from django.db import DatabaseError, InterfaceError, connections
 
     from ..conf import get_settings
+    from ..repository import is_outage
     from ..runner import flow_runner
     from ..status import FlowStatus
     from .arguments import first_line
@@ -91,11 +114,13 @@ def _run_due(
             if not reachable:
                 logger.info("The database can be reached again.")
             reachable = True
-        except (OperationalError, InterfaceError) as error:
-            if not choice.watch:
+        except (DatabaseError, InterfaceError) as error:
+            if not (choice.watch and is_outage(error)):
                 raise
             if reachable:
-                logger.warning("The database is away (%s); trying on.", first_line(error))
+                logger.warning(
+                    "The database refuses (%s); the worker keeps trying.", first_line(error)
+                )
             reachable = False
             outcome = None
             connections.close_all()

@@ -9,7 +9,7 @@ from datetime import datetime, timedelta
 from typing import Any, Protocol
 
 from django.core.management.base import OutputWrapper
-from django.db import InterfaceError, OperationalError, connections
+from django.db import DatabaseError, InterfaceError, connections
 from django.db.models import OuterRef, Subquery
 
 from ..durations import duration
@@ -21,6 +21,7 @@ from ..monitoring import (
     standing,
     waiting_unregistered,
 )
+from ..repository import is_outage
 from ..service import flow_service
 from ..status import FINISHED, WAITING, FlowStatus, TaskStatus
 from .arguments import first_line
@@ -223,7 +224,9 @@ def look(selection: Selection) -> Glance:
 def _look_again(selection: Selection, last: Sight) -> Sight:
     try:
         return Sight(glance=look(selection), at=time.monotonic())
-    except (OperationalError, InterfaceError) as error:
+    except (DatabaseError, InterfaceError) as error:
+        if not is_outage(error):
+            raise
         connections.close_all()
         return Sight(glance=last.glance, at=last.at, trouble=printable(first_line(error)))
 

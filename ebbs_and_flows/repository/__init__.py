@@ -15,7 +15,7 @@ from django.db.models import Q, QuerySet
 from ..models import FlowExecution, FlowTransition, PacemakerBeat, TaskExecution
 from ..status import WAITING, FlowStatus, TaskStatus
 from .claims import IS_FREE, ClaimRepository, Due
-from .database import BATCH, FLOW, DatabaseNow, is_contention
+from .database import BATCH, FLOW, DatabaseNow, is_contention, is_outage, is_refusal
 from .prepared import execute_prepared
 from .rows import COLUMNS, read_flow
 from .steps import ClaimedRun, insert_entries
@@ -23,7 +23,15 @@ from .steps import ClaimedRun, insert_entries
 NewRows = tuple[FlowExecution, Mapping[str, str], list[FlowTransition]]
 """A new flow with its entries in their stored form and its first transitions."""
 
-__all__ = ["ClaimedRun", "DatabaseNow", "Due", "FlowRepository", "is_contention"]
+__all__ = [
+    "ClaimedRun",
+    "DatabaseNow",
+    "Due",
+    "FlowRepository",
+    "is_contention",
+    "is_outage",
+    "is_refusal",
+]
 
 
 class FlowRepository(ClaimRepository):

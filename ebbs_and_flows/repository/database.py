@@ -9,7 +9,10 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 
 from django.db import (
+    DatabaseError,
     Error,
+    InterfaceError,
+    InternalError,
     OperationalError,
     connections,
     models,
@@ -99,17 +102,42 @@ def _literal_sql(connection: Any, moment: datetime) -> Sql:
 
 
 # What databases answer where two transactions were in each other's way: serialization failure and
-# deadlock (PostgreSQL documentation, appendix A), deadlock and lock wait time-out (MariaDB
-# documentation, error codes).
-_CONTENTION_CODES = frozenset({"40001", "40P01", 1213, 1205})
+# deadlock (PostgreSQL documentation, appendix A); deadlock, lock wait time-out, and a row that has
+# changed since the transaction first read (MariaDB documentation, error codes).
+_CONTENTION_CODES = frozenset({"40001", "40P01", 1213, 1205, 1020})
 _CONTENTION_PAUSES = (0.01, 0.05, 0.2)
 """Seconds until a write that was in the way of another one is made again."""
+
+# PostgreSQL is read-only, or has ended a session whose transaction was idle, or lasted, for too
+# long; these are no `OperationalError`. MariaDB and MySQL are read-only, in three ways.
+_REFUSAL_CODES = frozenset({"25006", "25P03", "25P04", 1290, 1836, 1792})
+
+
+def _codes(error: BaseException) -> set[str | int]:
+    """Return the SQLSTATE of an error, and MariaDB's number, where it has them."""
+    codes = (getattr(error.__cause__, "sqlstate", None), *error.args[:1])
+    return {code for code in codes if isinstance(code, (str, int))}
 
 
 def is_contention(error: BaseException) -> bool:
     """Whether a database undid a transaction for another one's sake."""
-    codes = {getattr(error.__cause__, "sqlstate", None), *error.args[:1]}
-    return bool(codes & _CONTENTION_CODES) or "is locked" in str(error)
+    return bool(_codes(error) & _CONTENTION_CODES) or "is locked" in str(error)
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether the database takes no writes for now, or has ended an idle transaction."""
+    return bool(_codes(error) & _REFUSAL_CODES)
+
+
+def is_outage(error: BaseException) -> bool:
+    """Whether the database did not answer or refused for now, so that the same may work later."""
+    # Its type is asked: a task may raise an error whose class is not what it says.
+    kind = type(error)
+    if issubclass(kind, (OperationalError, InterfaceError)):
+        return True
+    # PyMySQL's error after its connection was cut in the middle of an answer.
+    is_cut = issubclass(kind, InternalError) and "Packet sequence" in str(error)
+    return is_cut or (issubclass(kind, DatabaseError) and is_refusal(error))
 
 
 def seconds_until_sql(connection: Any, moment: str) -> str:
@@ -265,6 +293,22 @@ class Database:
             if connection.in_atomic_block:
                 with self.step(connection.alias):
                     pass
+
+    def isolation_level(self) -> str | None:
+        """Ask the server for the isolation level of this connection; None on SQLite."""
+        connection = self.connection
+        if connection.vendor == "sqlite":
+            return None
+        with connection.cursor() as cursor:
+            if connection.vendor == "postgresql":
+                # What Django sets is the driver's: it holds in a block of atomic() only.
+                cursor.execute("SHOW default_transaction_isolation")
+                return str(cursor.fetchone()[0])
+            cursor.execute(
+                "SHOW SESSION VARIABLES WHERE Variable_name IN"
+                " ('tx_isolation', 'transaction_isolation')"
+            )
+            return str(cursor.fetchone()[1]).replace("-", " ").lower()
 
     def now(self) -> datetime:
         """Return the database's time, aware."""

@@ -11,15 +11,16 @@ from typing import Any
 
 from django.conf import settings
 from django.core.management import CommandError
-from django.db import InterfaceError, OperationalError, connections
+from django.db import DatabaseError, InterfaceError, connections
 
 from ...monitoring import waiting_unregistered
+from ...repository import is_outage
 from ...runner import flow_runner
 from ...status import WAITING, FlowStatus
 from ..arguments import positive, refusals
 from ..base import FlowCommand
 from ..displays import Bar, Display, JsonLines, Lines, live_progress, shown_below_logs
-from ..foreground import Choice, run_due
+from ..foreground import Choice, check_database, run_due
 from ..outcomes import Outcome, unregistered_in_words
 from ..processes import Crew
 from ..stopping import ParentsStop, StopRequest
@@ -168,6 +169,7 @@ class Command(FlowCommand):
 
             on_task = None if progress is None else display.on_task
             if isinstance(stop, ParentsStop):
+                check_database(choice)
                 return Crew(options["workers"], choice, stop, report, on_task).run()
             run_due(choice, stop, report, on_task)
             return []
@@ -176,9 +178,9 @@ class Command(FlowCommand):
         try:
             later = self._count_waiting_for_later(choice)
             unregistered = self._unregistered(choice)
-        except (OperationalError, InterfaceError):
+        except (DatabaseError, InterfaceError) as error:
             # A watch outlives its database, and so does the sum.
-            if not choice.watch:
+            if not (choice.watch and is_outage(error)):
                 raise
             later, unregistered = None, {}
         if as_json:
