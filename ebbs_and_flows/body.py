@@ -122,6 +122,11 @@ class AttemptInProgress:
                 self._ask()
         return self._is_cancelled
 
+    @property
+    def was_told(self) -> bool:
+        """Whether the task has seen that its flow is to be cancelled, and may be half done."""
+        return self._is_cancelled
+
     def _needs_another_connection(self) -> bool:
         """Whether this thread's own connection cannot be asked."""
         # Django allows no query in the thread of an event loop.

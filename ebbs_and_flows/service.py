@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
+from functools import partial
 from typing import Any
 
 from django.db import IntegrityError
+from django.db.models import QuerySet
 
 from . import telemetry
 from .bulk import BulkService
@@ -59,6 +61,13 @@ def check_transition(flow: FlowExecution, to_status: FlowStatus) -> None:
         )
 
 
+def flow_not_found(pk: object) -> FlowExecutionNotFound:
+    """Return the error for a flow that does not exist."""
+    return FlowExecutionNotFound(
+        f"There is no flow execution {shortened(pk)}: give a FlowExecution or the id of one."
+    )
+
+
 class FlowService(BulkService):
     """Keeps flows, attempts, entries and transitions consistent, over a `FlowRepository`."""
 
@@ -71,9 +80,7 @@ class FlowService(BulkService):
         found = None if known is None else self.repository.find(known)
         if found is not None:
             return found
-        raise FlowExecutionNotFound(
-            f"There is no flow execution {shortened(pk)}: give a FlowExecution or the id of one."
-        )
+        raise flow_not_found(pk)
 
     def get_runnable_flow(
         self,
@@ -254,20 +261,24 @@ class FlowService(BulkService):
                 f" {template.tasks[source.current_task_index].name!r} or an earlier one."
             )
         self.check_drift(template, source.task_names[:index], source.pk)
-        stored = self.repository.stored_entries_before(source.pk, index)
-        changed = dict(ExecutionContext(changes or {}))
-        kept = {name: text for name, text in stored.items() if name not in changed}
-        return self.create_flow_execution(
-            template,
-            changed,
-            status=FlowStatus.SCHEDULED,
-            run_at=run_at,
-            priority=source.priority if priority is None else priority,
-            actor=actor,
-            first_task_index=index,
-            stored=kept,
-            rerun_of=source,
-        )
+        with self.repository.atomic():
+            if not self.repository.keep(source.pk):
+                # It was pruned meanwhile.
+                raise flow_not_found(source.pk)
+            stored = self.repository.stored_entries_before(source.pk, index)
+            changed = dict(ExecutionContext(changes or {}))
+            kept = {name: text for name, text in stored.items() if name not in changed}
+            return self.create_flow_execution(
+                template,
+                changed,
+                status=FlowStatus.SCHEDULED,
+                run_at=run_at,
+                priority=source.priority if priority is None else priority,
+                actor=actor,
+                first_task_index=index,
+                stored=kept,
+                rerun_of=source,
+            )
 
     # Changing a status by hand
 
@@ -519,15 +530,18 @@ class FlowService(BulkService):
         while batch := list(
             flows.order_by("finished_at").values_list("pk", flat=True)[:batch_size]
         ):
-            with self.repository.atomic():
-                # Asked again: one that was rescheduled meanwhile is kept.
-                doomed = flows.filter(pk__in=batch).select_for_update()
-                locked = list(doomed.values_list("pk", flat=True))
-                self.repository.flows.filter(pk__in=locked).delete()
-                deleted += len(locked)
+            deleted += self.repository.in_transaction(partial(self._prune, flows, batch))
             if limit is not None and deleted >= limit:
                 break
         return deleted
+
+    def _prune(self, flows: QuerySet[FlowExecution], batch: Sequence[int]) -> int:
+        """Delete those of a batch that are still to be pruned; return how many."""
+        # Asked again: one that was rescheduled meanwhile is kept.
+        doomed = flows.filter(pk__in=batch).order_by("pk").select_for_update()
+        locked = list(doomed.values_list("pk", flat=True))
+        self.repository.flows.filter(pk__in=locked).delete()
+        return len(locked)
 
 
 flow_service = FlowService()

@@ -145,9 +145,13 @@ class StepService:
         if not limits:
             return self._announced(take(set()))
         self.repository.in_transaction(lambda: self.repository.have_states(limits))
-        run = self.repository.in_transaction(
-            lambda: take(self.repository.lock_free_places(limits, wait=wait)), durable=True
-        )
+        # A worker that is frozen in the middle would keep its lock, and hold up the templates.
+        idle = self._lease / 3
+        with self.repository.idle_limited(idle):
+            run = self.repository.in_transaction(
+                lambda: take(self.repository.lock_free_places(limits, idle=idle, wait=wait)),
+                durable=True,
+            )
         return self._announced(run)
 
     def _announced(self, run: ClaimedRun | None) -> ClaimedRun | None:
@@ -243,17 +247,20 @@ class StepService:
         next_task: str | None,
         *,
         hand_back: bool = False,
+        was_told: bool = False,
         log: str = "",
     ) -> bool:
         """Record that the run's task succeeded and start the next one, in one transaction.
 
-        Returns whether this worker goes on with the flow. Raises `ClaimLost` with nothing written
-        but what the caller's transaction then rolls back.
+        `was_told` says that the task has seen that the flow is to be cancelled. Returns whether
+        this worker goes on with the flow. Raises `ClaimLost` with nothing written but what the
+        caller's transaction then rolls back.
         """
         lease = None if hand_back or next_task is None else self._lease
         started = self.repository.finish_step(run, entries, next_task, lease=lease, log=log)
         if started is None:
-            return self._succeed_otherwise(run, entries, log)
+            is_done = next_task is None and not was_told
+            return self._succeed_otherwise(run, entries, log, is_done=is_done)
         announce_task(self.repository.using, run.task_execution_id)
         if next_task is None:
             announce_status(
@@ -280,13 +287,19 @@ class StepService:
         run.forgiven_attempts = run.interruptions = 0
         run.task_name, run.attempt, run.task_execution_id = next_task, 1, attempt_id
 
-    def _succeed_otherwise(self, run: ClaimedRun, entries: Mapping[str, str], log: str) -> bool:
-        """Do what is left to do where the fence did not hold: the flow was cancelled, or lost."""
+    def _succeed_otherwise(
+        self, run: ClaimedRun, entries: Mapping[str, str], log: str, *, is_done: bool
+    ) -> bool:
+        """Do what is left to do where the fence did not hold: the flow was cancelled, or lost.
+
+        `is_done` says that it was the last task, which was not cut short: the flow has succeeded.
+        """
         settled = self.settle(run)
         if settled is not None:
             return settled
         with self.repository.transaction():
-            self._cancel(run, current_task_index=run.task_index + 1)
+            end = self._end_too_late_to_cancel if is_done else self._cancel
+            end(run, current_task_index=run.task_index + 1)
             self.update_task_execution(run.task_execution_id, TaskStatus.SUCCEEDED, log=log)
             self.repository.insert_entries(run.flow.pk, entries, run.task_execution_id)
             announce_task(self.repository.using, run.task_execution_id)
@@ -439,6 +452,26 @@ class StepService:
                 )
             ],
         )
+
+    def _end_too_late_to_cancel(self, run: ClaimedRun, **values: object) -> None:
+        """End a flow that was to be cancelled when its last task succeeded; raises `ClaimLost`."""
+        flow = self.repository.lock(run.flow.pk)
+        held = self.repository.held(run.flow.pk, run.claim).filter(cancel_requested=True)
+        ended = held.update(
+            status=FlowStatus.SUCCEEDED,
+            cancel_requested=False,
+            finished_at=DatabaseNow(),
+            lease_expires_at=None,
+            **values,
+        )
+        if flow is None or ended != 1:
+            raise self._claim_lost(run)
+        by = f" by {flow.cancel_requested_by}" if flow.cancel_requested_by else ""
+        reason = f"The cancellation{by} came too late: during the last task, which succeeded."
+        path = [
+            transition(FlowStatus.RUNNING, FlowStatus.SUCCEEDED, actor=run.worker, reason=reason)
+        ]
+        self.record(run.flow, path)
 
     def _end(self, run: ClaimedRun) -> None:
         """End a claimed flow that has no task left."""

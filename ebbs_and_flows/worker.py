@@ -123,10 +123,12 @@ class Worker:
                     outcome = run_body(task, run, attempt, ends_at)
                     log = outcome.log
                 # Asked once: the same answer for each try to store it.
-                hand_back = self._stop()
+                hand_back, was_told = self._stop(), attempt.was_told
                 goes_on = self.retry_on_outage(
                     run,
-                    lambda: self._succeed(run, outcome, next_task, hand_back=hand_back),
+                    lambda: self._succeed(
+                        run, outcome, next_task, hand_back=hand_back, was_told=was_told
+                    ),
                     lambda: self._service.settle(run),
                 )
         except BodyFailed as failed:
@@ -165,7 +167,13 @@ class Worker:
                 try:
                     outcome = run_body(task, run, attempt, ends_at)
                     log = outcome.log
-                    return self._succeed(run, outcome, next_task, hand_back=self._stop())
+                    return self._succeed(
+                        run,
+                        outcome,
+                        next_task,
+                        hand_back=self._stop(),
+                        was_told=attempt.was_told,
+                    )
                 except BaseException:
                     # The rollback forgets it.
                     has_refused = connection.errors_occurred
@@ -194,10 +202,21 @@ class Worker:
         return is_lost or is_contention(error) or (has_refused and is_refusal(error))
 
     def _succeed(
-        self, run: ClaimedRun, outcome: Outcome, next_task: str | None, *, hand_back: bool
+        self,
+        run: ClaimedRun,
+        outcome: Outcome,
+        next_task: str | None,
+        *,
+        hand_back: bool,
+        was_told: bool,
     ) -> bool:
         return self._service.succeed_step(
-            run, outcome.entries, next_task, hand_back=hand_back, log=outcome.log
+            run,
+            outcome.entries,
+            next_task,
+            hand_back=hand_back,
+            was_told=was_told,
+            log=outcome.log,
         )
 
     # Failures

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,10 +15,18 @@ from django.db import connections
 from django.test import override_settings
 from django.test.utils import CaptureQueriesContext
 
-from ebbs_and_flows import ExecutionContext, FlowRunner, FlowStatus, FlowTemplate, task
+from ebbs_and_flows import (
+    ExecutionContext,
+    FlowRunner,
+    FlowStatus,
+    FlowTemplate,
+    flow_runner,
+    task,
+)
 from ebbs_and_flows.models import FlowExecution, FlowTemplateState
 
-from .databases import connection
+from .databases import connection, database_names
+from .test_command_processes import until
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -235,3 +247,65 @@ def test_pausing_and_resuming_under_eight_workers_loses_no_flow(runner: FlowRunn
     work(8, lambda: turns.pop()())  # noqa: PLW0108 - each thread takes its own
     assert gauge.ran == 80
     assert gauge.most <= 3
+
+
+@pytest.mark.processes
+@pytest.mark.skipif("connection.vendor == 'sqlite'", reason="it cannot end another's transaction")
+def test_a_worker_that_is_frozen_in_a_claim_does_not_block_its_template(tmp_path: Path) -> None:
+    flows = flow_runner.schedule_flows("shop-limited", [{"folder": str(tmp_path)}] * 2)
+    frozen = subprocess.Popen(
+        [sys.executable, "-m", "tests.frozen_claim", str(tmp_path), "shop-limited"],
+        env={
+            **os.environ,
+            "DJANGO_SETTINGS_MODULE": "tests.settings",
+            **database_names(),
+            "EBBS_TEST_LEASE_SECONDS": "6",
+        },
+        cwd=Path(__file__).parent.parent,
+    )
+    try:
+        until((tmp_path / "frozen").exists, "the claim")
+        assert flow_runner.run_next() is None
+
+        def are_done() -> bool:
+            flow_runner.run_next()
+            done = FlowExecution.objects.filter(pk__in=[flow.pk for flow in flows])
+            return not done.exclude(status=FlowStatus.SUCCEEDED).exists()
+
+        # The process is still there, and would hold its locks for as long.
+        until(are_done, "the flows of the template")
+        assert frozen.poll() is None
+    finally:
+        frozen.kill()
+        frozen.wait()
+
+
+@pytest.mark.skipif("connection.vendor == 'sqlite'", reason="it cannot end another's transaction")
+def test_the_limit_of_a_claims_idle_time_is_for_that_claim_only(runner: FlowRunner) -> None:
+    asked = "SELECT @@SESSION.idle_transaction_timeout"
+    if connection.vendor == "postgresql":
+        asked = "SHOW idle_in_transaction_session_timeout"
+
+    def limit() -> Any:
+        with connection.cursor() as cursor:
+            cursor.execute(asked)
+            return cursor.fetchone()[0]
+
+    seen: list[Any] = []
+
+    def note(context: ExecutionContext) -> ExecutionContext:
+        seen.append(limit())
+        return context
+
+    register(runner, "limited", note, max_running=1)
+    with connection.cursor() as cursor:
+        # The project's own.
+        own = "idle_in_transaction_session_timeout = '7s'"
+        if connection.vendor == "mysql":
+            own = "SESSION idle_transaction_timeout = 7"
+        cursor.execute(f"SET {own}")
+    before = limit()
+    runner.schedule_flow("limited")
+    assert runner.run_next() is not None
+    assert [*seen, limit()] == [before] * 3
+    connection.close()

@@ -756,6 +756,54 @@ def test_cancelling_what_runs_waits_for_the_task_in_progress(runner: FlowRunner)
     assert (cancelled.actor, cancelled.reason) == ("ada", "sold out")
 
 
+@pytest.mark.parametrize("is_atomic", [False, True])
+def test_a_cancellation_during_the_last_task_which_succeeds_is_too_late(
+    runner: FlowRunner, is_atomic: bool
+) -> None:
+    def cancel(context: ExecutionContext) -> ExecutionContext:
+        runner.cancel_flow_execution(flow, actor="ada", reason="sold out")
+        return context.with_entries(done=True)
+
+    flow_of(runner, Script("first"), task(name="last", atomic=is_atomic)(cancel))
+    flow = runner.schedule_flow("billing")
+    ended = runner.run_flow()
+    assert ended is not None
+    assert (ended.status, ended.cancel_requested) == (FlowStatus.SUCCEEDED, False)
+    assert (ended.current_task_index, dict(ended.execution_context)) == (2, {"done": True})
+    assert history(runner, flow) == [("first", 1, "SUCCEEDED"), ("last", 1, "SUCCEEDED")]
+    last = FlowTransition.objects.latest("pk")
+    assert (last.from_status, last.to_status) == ("RUNNING", "SUCCEEDED")
+    assert last.reason == (
+        "The cancellation by ada came too late: during the last task, which succeeded."
+    )
+
+
+def test_a_last_task_that_saw_the_cancellation_may_be_half_done(runner: FlowRunner) -> None:
+    def stop_early(context: ExecutionContext) -> ExecutionContext:
+        runner.cancel_flow_execution(flow, actor="ada", reason="sold out")
+        return context.with_entries(saw=context.cancel_requested)
+
+    flow_of(runner, Script("first"), task(name="last")(stop_early))
+    flow = runner.schedule_flow("billing")
+    ended = runner.run_flow()
+    assert ended is not None
+    assert ended.status == FlowStatus.CANCELLED
+    assert dict(ended.execution_context) == {"saw": True}
+    assert FlowTransition.objects.latest("pk").reason == "sold out"
+
+
+def test_a_flow_that_was_deleted_meanwhile_cannot_be_forked(runner: FlowRunner) -> None:
+    template = flow_of(runner, Script("first"), Script("last"))
+    flow = runner.schedule_flow("billing")
+    runner.run_flow()
+    source = runner.service.get_flow_execution(flow)
+    # Pruned between the look at it and the fork.
+    FlowExecution.objects.all().delete()
+    with pytest.raises(FlowExecutionNotFound, match=f"no flow execution {source.pk}"):
+        runner.service.fork(template, source, from_task="last")
+    assert not FlowExecution.objects.exists()
+
+
 def test_a_task_that_fails_while_being_cancelled_is_not_retried(runner: FlowRunner) -> None:
     def cancel(context: ExecutionContext) -> ExecutionContext:
         runner.cancel_flow_execution(flow)

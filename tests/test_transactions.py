@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -411,6 +412,29 @@ def test_a_change_of_many_that_is_made_again_is_made_to_all(
         done = getattr(runner, f"{change}_flow_executions")(flow.pk for flow in flows)
     assert refused
     assert done == [flow.pk for flow in flows]
+
+
+@pytest.mark.parametrize("statement", ["DELETE", "SELECT"])
+def test_pruning_is_repeated_when_another_transaction_is_in_its_way(
+    runner: FlowRunner, statement: str
+) -> None:
+    runner.register_flow_template(FlowTemplate("order", tasks=[task(lambda context: context)]))
+    runner.schedule_flows("order", [None] * 3)
+    while runner.run_next():
+        pass
+    began: list[None] = []
+
+    def refuse(execute: Any, sql: str, *arguments: Any) -> Any:
+        # The first look for what is to be pruned is made outside of the transaction.
+        if connection.in_atomic_block and sql.startswith(statement) and not began:
+            began.append(None)
+            raise OperationalError("database is locked")
+        return execute(sql, *arguments)
+
+    with connection.execute_wrapper(refuse):
+        assert runner.service.prune_finished(timedelta(0)) == 3
+    assert began
+    assert not FlowExecution.objects.exists()
 
 
 # A connection that is lost

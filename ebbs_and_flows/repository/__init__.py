@@ -117,6 +117,19 @@ class FlowRepository(ClaimRepository):
         """Return a flow as it is now, locked until the transaction ends where that exists."""
         return self.flows.select_for_update().filter(pk=pk).first()
 
+    def keep(self, pk: int) -> bool:
+        """Keep a flow from being deleted until the transaction ends; return whether it exists.
+
+        Its worker may go on to write to it, and to renew its lease.
+        """
+        connection = self.connection
+        how = {"postgresql": " FOR KEY SHARE", "mysql": " LOCK IN SHARE MODE"}
+        with connection.cursor() as cursor:
+            cursor.execute(
+                f"SELECT id FROM {FLOW} WHERE id = %s{how.get(connection.vendor, '')}", [pk]
+            )
+            return cursor.fetchone() is not None
+
     def stored_entries_before(self, flow_id: int, task_index: int) -> dict[str, str]:
         """Return the stored entries that a task at that index first saw."""
         entries = self.entries.filter(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from django.db import IntegrityError
-from django.db.models import F, Q, QuerySet, UniqueConstraint
+from django.db import DatabaseError, IntegrityError, InterfaceError
+from django.db.models import CharField, F, Func, Q, QuerySet, UniqueConstraint, Value
 
 from ..models import FlowExecution, FlowTemplateState, TaskExecution
 from ..status import WAITING, FlowStatus
@@ -224,15 +225,50 @@ class ClaimRepository(StepRepository):
                 ignore_conflicts=True,
             )
 
-    def lock_free_places(self, limits: Mapping[str, int], *, wait: bool = False) -> set[str]:
+    @contextmanager
+    def idle_limited(self, limit: timedelta) -> Iterator[None]:
+        """Have MariaDB end a transaction within the block that is idle for that long.
+
+        PostgreSQL has such a limit for one transaction: `lock_free_places` sets it.
+        """
+        connection = self.connection
+        if (
+            connection.vendor != "mysql"
+            or connection.in_atomic_block
+            or not connection.mysql_is_mariadb
+        ):
+            yield
+            return
+        seconds = max(1, round(limit.total_seconds()))
+        with connection.cursor() as cursor:
+            cursor.execute(
+                "SET @ebbs_idle_before = @@SESSION.idle_transaction_timeout,"
+                " SESSION idle_transaction_timeout = %s",
+                [seconds],
+            )
+        try:
+            yield
+        finally:
+            # A new session has the limit that it should have.
+            with suppress(DatabaseError, InterfaceError), connection.cursor() as cursor:
+                cursor.execute("SET SESSION idle_transaction_timeout = @ebbs_idle_before")
+
+    def lock_free_places(
+        self, limits: Mapping[str, int], *, idle: timedelta, wait: bool = False
+    ) -> set[str]:
         """Return the templates of which another flow may run, locked until the transaction ends.
 
-        One that another worker is just claiming a flow of is waited for, or left out.
+        One that another worker is just claiming a flow of is waited for, or left out. `idle` is
+        for how long the worker may do nothing meanwhile, where the database can limit it.
         """
         states = self.template_states.filter(template_name__in=list(limits))
         skip = not wait and self.connection.features.has_select_for_update_skip_locked
         locked = states.order_by("pk").select_for_update(skip_locked=skip)
-        names = set(locked.values_list("template_name", flat=True))
+        columns: list[Any] = ["template_name"]
+        if self.connection.vendor == "postgresql":
+            # With the lock, for its transaction only.
+            columns.append(_limit_of_idle(idle))
+        names = {row[0] for row in locked.values_list(*columns)}
         # The transaction's first plain read, so that no isolation level shows an older state.
         running = self.count_running(names)
         return {name for name in names if running.get(name, 0) < limits[name]}
@@ -477,6 +513,18 @@ class ClaimRepository(StepRepository):
             run.task_name, run.attempt = row["task"], row["attempt"]
             run.task_execution_id = row["attempt_id"]
         return run, due
+
+
+def _limit_of_idle(limit: timedelta) -> Func:
+    """Return a call by which PostgreSQL ends the transaction when it is idle for that long."""
+    milliseconds = str(round(limit.total_seconds() * 1000))
+    return Func(
+        Value("idle_in_transaction_session_timeout"),
+        Value(milliseconds),
+        Value(True),
+        function="set_config",
+        output_field=CharField(),
+    )
 
 
 def _claimed(

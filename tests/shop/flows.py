@@ -145,3 +145,4 @@ FORKS = {
 for _name, _task in FORKS.items():
     flow_runner.register_flow_template(FlowTemplate(_name, tasks=[_task, last]))
 flow_runner.register_flow_template(FlowTemplate("shop-children", tasks=[ends_children, last]))
+flow_runner.register_flow_template(FlowTemplate("shop-limited", tasks=[first], max_running=2))
