@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from asgiref.sync import async_to_sync
-from django.db import InterfaceError, OperationalError, connections
+from django.db import DatabaseError, InterfaceError, connections
 
 from .child_processes import SameProcess
 from .conf import get_settings
@@ -29,7 +29,7 @@ from .exceptions import (
 from .flows import Task
 from .heartbeat import WatchedRun, heartbeat
 from .process_state import ProcessState, call_apart
-from .repository import ClaimedRun
+from .repository import ClaimedRun, is_outage
 from .service import FlowService
 from .tasklog import Keeper, keep
 from .timeouts import Limit, Overdue, interrupt_after
@@ -181,9 +181,10 @@ class AttemptInProgress:
         while True:
             try:
                 return self._service.mark_idempotency_key_used(self._run)
-            except (OperationalError, InterfaceError):
+            except (DatabaseError, InterfaceError) as error:
                 connection = self._service.repository.connection
-                if connection.in_atomic_block or time.monotonic() >= until:
+                is_over = connection.in_atomic_block or time.monotonic() >= until
+                if is_over or not is_outage(error):
                     raise
                 connection.close()
                 time.sleep(_OUTAGE_PAUSE)
