@@ -73,6 +73,8 @@ class Outcome:
 
     entries: dict[str, str]
     log: str
+    # It has seen that its flow is to be cancelled, and may be half done.
+    was_told: bool
 
 
 class AttemptInProgress:
@@ -123,8 +125,8 @@ class AttemptInProgress:
         return self._is_cancelled
 
     @property
-    def was_told(self) -> bool:
-        """Whether the task has seen that its flow is to be cancelled, and may be half done."""
+    def has_seen_cancel(self) -> bool:
+        """Whether the task was told that its flow is to be cancelled."""
         return self._is_cancelled
 
     def _needs_another_connection(self) -> bool:
@@ -287,7 +289,7 @@ def run_body(
             attempt.end()
             if process is not None:
                 process.restore()
-    return Outcome(entries, str(log))
+    return Outcome(entries, str(log), attempt.has_seen_cancel)
 
 
 def _check_connections(task: Task, before: State) -> None:

@@ -123,12 +123,10 @@ class Worker:
                     outcome = run_body(task, run, attempt, ends_at)
                     log = outcome.log
                 # Asked once: the same answer for each try to store it.
-                hand_back, was_told = self._stop(), attempt.was_told
+                hand_back = self._stop()
                 goes_on = self.retry_on_outage(
                     run,
-                    lambda: self._succeed(
-                        run, outcome, next_task, hand_back=hand_back, was_told=was_told
-                    ),
+                    lambda: self._succeed(run, outcome, next_task, hand_back=hand_back),
                     lambda: self._service.settle(run),
                 )
         except BodyFailed as failed:
@@ -167,13 +165,7 @@ class Worker:
                 try:
                     outcome = run_body(task, run, attempt, ends_at)
                     log = outcome.log
-                    return self._succeed(
-                        run,
-                        outcome,
-                        next_task,
-                        hand_back=self._stop(),
-                        was_told=attempt.was_told,
-                    )
+                    return self._succeed(run, outcome, next_task, hand_back=self._stop())
                 except BaseException:
                     # The rollback forgets it.
                     has_refused = connection.errors_occurred
@@ -202,20 +194,14 @@ class Worker:
         return is_lost or is_contention(error) or (has_refused and is_refusal(error))
 
     def _succeed(
-        self,
-        run: ClaimedRun,
-        outcome: Outcome,
-        next_task: str | None,
-        *,
-        hand_back: bool,
-        was_told: bool,
+        self, run: ClaimedRun, outcome: Outcome, next_task: str | None, *, hand_back: bool
     ) -> bool:
         return self._service.succeed_step(
             run,
             outcome.entries,
             next_task,
             hand_back=hand_back,
-            was_told=was_told,
+            was_told=outcome.was_told,
             log=outcome.log,
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from datetime import datetime, timedelta
@@ -12,6 +13,8 @@ from .. import clock
 from ..conf import get_settings
 from ..exceptions import EbbsAndFlowsError, UnsupportedDatabase
 from ..repository import is_outage
+
+logger = logging.getLogger("ebbs_and_flows")
 
 FIRED_FOR = timedelta(hours=1)
 """How long it is tried to schedule a recurring flow that raises."""
