@@ -79,9 +79,9 @@ class Presence(threading.Thread):
         try:
             seconds = action()
         except UnsupportedDatabase as error:
-            if not self._failing:
+            if what not in self._failing:
                 logger.error("This worker runs no flows: %s", error)
-            self._failing = True
+            self._failing.add(what)
             connections.close_all()
             return REFRESH_SECONDS
         except Exception:
