@@ -35,6 +35,7 @@ from .exceptions import (
     UnreadableValue,
     UnstorableValue,
     UnsupportedDatabase,
+    ValuesDeleted,
     WrongEntryType,
 )
 
@@ -85,6 +86,7 @@ __all__ = [
     "UnreadableValue",
     "UnstorableValue",
     "UnsupportedDatabase",
+    "ValuesDeleted",
     "WrongEntryType",
     "context_type",
     "flow_runner",

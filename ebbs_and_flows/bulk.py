@@ -9,12 +9,13 @@ from django.db.models import F, OuterRef, Subquery
 from django.db.models.functions import Coalesce
 
 from . import telemetry
+from .actors import check_actor
 from .models import FlowExecution
 from .repository import DatabaseNow
 from .signals import announce_status
 from .status import ALLOWED_TRANSITIONS, FlowStatus
 from .steps import StepService, transition
-from .validation import check_priority, check_reason, check_text, flow_pk
+from .validation import check_priority, check_reason, flow_pk
 
 
 class BulkService(StepService):
@@ -28,7 +29,7 @@ class BulkService(StepService):
         self, pks: Iterable[int], *, priority: int | None = None, actor: str = "", reason: str = ""
     ) -> list[int]:
         """FAILED -> RESCHEDULED for each, as `reschedule` does it."""
-        actor, reason = check_text("actor", actor), check_reason(reason)
+        actor, reason = check_actor(actor), check_reason(reason)
         flows = self._locked_all(pks, FlowStatus.RESCHEDULED)
         attempts = self.repository.attempts.filter(
             flow_execution=OuterRef("pk"), task_index=OuterRef("current_task_index")
@@ -51,7 +52,7 @@ class BulkService(StepService):
 
     def cancel_all(self, pks: Iterable[int], *, actor: str = "", reason: str = "") -> list[int]:
         """Cancel each, as `cancel` does it: after its task in progress where a worker holds it."""
-        actor, reason = check_text("actor", actor), check_reason(reason)
+        actor, reason = check_actor(actor), check_reason(reason)
         flows = self._locked_all(pks, FlowStatus.CANCELLED)
         held = [pk for pk, flow in flows.items() if flow.lease_expires_at is not None]
         self.repository.flows.filter(pk__in=held, cancel_requested=False).update(
@@ -69,6 +70,8 @@ class BulkService(StepService):
         may = [status for status, to in ALLOWED_TRANSITIONS.items() if to_status in to]
         known = [pk for pk in map(flow_pk, pks) if pk is not None]
         flows = self.repository.flows.filter(pk__in=known, status__in=may)
+        if to_status is FlowStatus.RESCHEDULED:
+            flows = flows.filter(values_deleted_at=None)
         # In one order, so that two who change the same flows do not lock each other out.
         return {flow.pk: flow for flow in flows.order_by("pk").select_for_update()}
 

@@ -10,6 +10,7 @@ from django.conf import settings
 from django.core.checks import CheckMessage, Error, Warning  # noqa: A004
 from django.db import connections, router
 
+from . import entry_codec
 from .conf import get_settings, problems
 from .engines import get_engine
 from .exceptions import EbbsAndFlowsError, ImproperSetting
@@ -47,6 +48,7 @@ def check_settings(**kwargs: Any) -> list[CheckMessage]:
             )
         )
     found += check_configuration(using)
+    found += _check_entry_codec()
     found += _check_engine(using)
     found += _check_templates()
     found += _check_recurring(may_ask=kwargs.get("databases") is not None)
@@ -112,6 +114,16 @@ def _check_lease(using: str) -> list[CheckMessage]:
             id="ebbs_and_flows.W009",
         )
     ]
+
+
+def _check_entry_codec() -> list[CheckMessage]:
+    try:
+        problem = entry_codec.problem()
+    except ImproperSetting:
+        # Named by E001.
+        return []
+    hint = "Flows are neither scheduled nor run until it encodes and decodes."
+    return [Error(problem, hint=hint, id="ebbs_and_flows.E010")] if problem else []
 
 
 def _check_engine(using: str) -> list[CheckMessage]:

@@ -31,12 +31,20 @@ class Settings:
     """The size of what an attempt logged at most, in bytes of UTF-8; 0 keeps nothing."""
     KEEP_DAYS: float = 0
     """For how many days a flow that succeeded or was cancelled is kept; 0 is for ever."""
+    KEEP_FAILED_DAYS: float = 0
+    """For how many days a flow that failed is kept; 0 is for ever."""
+    KEEP_VALUES_DAYS: float = 0
+    """For how many days a flow that succeeded or was cancelled keeps its values; 0 is for ever."""
     ENGINE: str = "ebbs_and_flows.engines.django_q.DjangoQEngine"
     """The dotted path of the class that wakes a queue's workers; `engines/` has three."""
     MAX_DUE_SECONDS: float = 60
     """How long a due flow may wait for workers that are free or gone until health says so."""
     HEALTH_TOKEN: str = ""
     """What a probe sends to be told the reason and the figures; empty tells them to none."""
+    ACCESS_LOG: bool = False
+    """Whether it is reported who looked at the values of which flow."""
+    ENTRY_CODEC: str = ""
+    """The dotted path of what encodes stored values, by encryption, say; empty stores JSON."""
     TRACE_URL: str = ""
     """Where the admin links a flow's trace to, with `{trace_id}` in it; empty links to nothing."""
 
@@ -52,6 +60,8 @@ MINIMUM: dict[str, float] = {
     "KEEP_DAYS": 0,
     # Workers show every ten seconds whether they are free.
     "MAX_DUE_SECONDS": 20,
+    "KEEP_FAILED_DAYS": 0,
+    "KEEP_VALUES_DAYS": 0,
 }
 
 SHORTEST_TOKEN = 16
@@ -60,11 +70,16 @@ SHORTEST_TOKEN = 16
 
 _TRACE_URL = re.compile(r"https?://\S*\{trace_id\}\S*")
 
-_ACCEPTED: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,)}
+_ACCEPTED: dict[str, tuple[type, ...]] = {
+    "int": (int,),
+    "float": (int, float),
+    "str": (str,),
+    "bool": (bool,),
+}
 
 
 def _is_a(value: Any, kind: str) -> bool:
-    return isinstance(value, _ACCEPTED[kind]) and not isinstance(value, bool)
+    return isinstance(value, _ACCEPTED[kind]) and isinstance(value, bool) is (kind == "bool")
 
 
 def problems(configured: Any) -> list[str]:
@@ -80,7 +95,12 @@ def problems(configured: Any) -> list[str]:
             found.append(f"EBBS_AND_FLOWS has no setting {name!r}: the settings are {names}.")
             continue
         if not _is_a(value, str(known[name].type)):
-            kind = {"int": "a whole number", "float": "a number", "str": "a text"}
+            kind = {
+                "int": "a whole number",
+                "float": "a number",
+                "str": "a text",
+                "bool": "True or False",
+            }
             found.append(
                 f"EBBS_AND_FLOWS[{name!r}] is {value!r}: give it {kind[str(known[name].type)]}."
             )

@@ -16,6 +16,7 @@ from types import GenericAlias
 from typing import Any, Final, Protocol, Self, TypeVar
 from uuid import UUID
 
+from .entry_codec import from_stored, to_stored
 from .exceptions import (
     ChangedEntry,
     DuplicateEntry,
@@ -331,8 +332,9 @@ class ExecutionContext(Mapping[str, Any]):
         """Return the texts of the entries that are not in `stored`, by name.
 
         Takes the names and texts that the flow has stored, and the size of a text at most, in
-        bytes of UTF-8. What is stored is neither decoded nor encoded again, so a changed list
-        in it goes unnoticed and a reference to a deleted object does no harm.
+        bytes of UTF-8, before `ENTRY_CODEC` encodes it. What is stored is no value again in
+        between, so a changed list in it goes unnoticed and a reference to a deleted object does
+        no harm.
 
         Raises `ChangedEntry` for a stored name with another value, `UnstorableValue` and
         `EntryTooLarge` for a value that cannot be stored.
@@ -340,11 +342,13 @@ class ExecutionContext(Mapping[str, Any]):
         new = {}
         # What a task received is the very mapping that is stored: only what it added is looked at.
         for name in self._added if self._stored is stored else self:
+            if name in stored and stored[name] == self._stored.get(name):
+                continue
             text = self._text(name)
             if name not in stored:
                 _check_size(name, text, max_bytes)
-                new[name] = text
-            elif not same_value(text, stored[name]):
+                new[name] = self._stored.get(name) or to_stored(name, text)
+            elif not same_value(text, from_stored(name, stored[name])):
                 raise ChangedEntry(
                     f"The entry {name!r} is stored with another value, and entries are never"
                     " changed: return the new value under another name."
@@ -418,8 +422,9 @@ class ExecutionContext(Mapping[str, Any]):
         self._added = dict(other._added)
 
     def _decode(self, name: str) -> Any:
+        text = from_stored(name, self._stored[name])
         try:
-            return decode(self._stored[name])
+            return decode(text)
         except UnreadableValue as error:
             raise UnreadableValue(f"The entry {name!r} cannot be read. {error}") from error
         except ReferencedObjectGone as error:
@@ -427,7 +432,7 @@ class ExecutionContext(Mapping[str, Any]):
 
     def _text(self, name: str) -> str:
         if name in self._stored:
-            return self._stored[name]
+            return from_stored(name, self._stored[name])
         value = self._added[name]
         try:
             return encode(value)

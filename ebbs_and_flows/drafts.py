@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, cast
 
+from .actors import check_actor
 from .conf import get_settings
 from .context import ExecutionContext
 from .exceptions import InvalidFlowTemplate
@@ -14,7 +15,7 @@ from .flows import FlowTemplate
 from .models import FlowExecution, FlowTransition
 from .status import FlowStatus
 from .steps import transition
-from .validation import check_key, check_priority, check_run_at, check_text
+from .validation import check_key, check_priority, check_run_at
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,7 @@ class NewFlow:
             priority=check_priority(priority),
             # Filled in when it is stored, where it is None.
             run_at=cast(datetime, check_run_at(run_at)),
-            created_by=check_text("actor", actor),
+            created_by=check_actor(actor),
             rerun_of=rerun_of,
         )
         deadline = None if template.deadline is None else timedelta(seconds=template.deadline)

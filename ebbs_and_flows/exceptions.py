@@ -125,6 +125,17 @@ class IllegalTransition(EbbsAndFlowsError, ValueError):
     """A status change that the table of transitions does not have."""
 
 
+class ValuesDeleted(EbbsAndFlowsError, LookupError):
+    """A flow was to go on or to run again, and its values were deleted for their age."""
+
+    def __init__(self, flow_id: int | None, deleted_at: datetime | None) -> None:
+        when = f" at {deleted_at:%Y-%m-%d %H:%M:%S %Z}" if deleted_at else ""
+        super().__init__(
+            f"The values of flow {flow_id} were deleted{when}, so it can neither go on nor be run"
+            f" again: schedule a new flow with values of its own."
+        )
+
+
 class TemplateDrift(EbbsAndFlowsError, ValueError):
     """The completed tasks of a flow are not the first tasks of its template as it is now."""
 

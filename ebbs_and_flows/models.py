@@ -128,6 +128,8 @@ class FlowExecution(models.Model):
     created_at = models.DateTimeField(_("created"))
     started_at = models.DateTimeField(_("started"), null=True, blank=True)
     finished_at = models.DateTimeField(_("finished"), null=True, blank=True)
+    # Its entries, and the outputs and logs of its attempts, were deleted for their age.
+    values_deleted_at = models.DateTimeField(_("values deleted"), null=True, blank=True)
     created_by = ExactCharField(_("scheduled by"), max_length=NAME_LENGTH, blank=True, default="")
     rerun_of = models.ForeignKey(
         "self",
@@ -199,6 +201,12 @@ class FlowExecution(models.Model):
                 fields=["status", "finished_at"],
                 only=Q(finished_at__isnull=False),
                 name="ebbs_flow_finished",
+            ),
+            # Whose values are to be deleted.
+            PartialIndex(
+                fields=["values_deleted_at", "finished_at"],
+                only=Q(finished_at__isnull=False, values_deleted_at__isnull=True),
+                name="ebbs_flow_values",
             ),
             PartialIndex(
                 fields=["rerun_of"], only=Q(rerun_of__isnull=False), name="ebbs_flow_rerun"

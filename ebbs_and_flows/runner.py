@@ -12,6 +12,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from django.db import OperationalError
 
 from .activity import activity
+from .actors import RECURRING
 from .conf import get_settings
 from .context import ExecutionContext
 from .engines import get_engine
@@ -178,7 +179,7 @@ class FlowRunner:
                 recurrence.context,
                 key=f"{name} {moment.astimezone(UTC):%Y-%m-%dT%H:%MZ}",
                 priority=recurrence.priority,
-                actor="recurring",
+                actor=RECURRING,
             )
             for moment in recurrence.missed(intended_at, self.service.repository.now())
         ]
@@ -545,33 +546,45 @@ class FlowRunner:
         """Delete some flows that were kept for long enough; return whether there may be more.
 
         This is what a pacemaker does, one for the whole installation. How long a flow is kept
-        when it has succeeded or was cancelled is its template's `keep_days`, else `KEEP_DAYS`.
-        Failed flows wait for somebody.
+        when it has succeeded or was cancelled is its template's `keep_days`, else `KEEP_DAYS`; its
+        values, `KEEP_VALUES_DAYS`. Failed flows are kept for `KEEP_FAILED_DAYS`.
         """
+        rules = self._pruning_rules()
+        if not rules or not self.service.repository.take_beat(PRUNE_PAUSE, of=2):
+            return False
+        left = PRUNE_BATCH
+        for prune, days in rules:
+            left -= prune(timedelta(days=days), limit=left)
+            if not left:
+                return True
+        return False
+
+    def _pruning_rules(self) -> list[tuple[Callable[..., int], float]]:
+        """Return what deletes what is older than a number of days, and that number."""
         own = {
             name: template.keep_days
             for name, template in self._templates.items()
             if template.keep_days is not None
         }
-        otherwise = get_settings().KEEP_DAYS
-        rules: list[tuple[dict[str, Any], float]] = [
-            *(({"template_name": name}, days) for name, days in own.items()),
-            ({"except_templates": own}, otherwise),
+        settings, service = get_settings(), self.service
+        prune = partial(
+            service.prune_finished, statuses=[FlowStatus.SUCCEEDED, FlowStatus.CANCELLED]
+        )
+        rules: list[tuple[Callable[..., int], float]] = [
+            *((partial(prune, template_name=name), days) for name, days in own.items()),
+            (partial(prune, except_templates=own), settings.KEEP_DAYS),
+            (
+                partial(service.prune_finished, statuses=[FlowStatus.FAILED]),
+                settings.KEEP_FAILED_DAYS,
+            ),
+            (
+                partial(
+                    service.delete_values, statuses=[FlowStatus.SUCCEEDED, FlowStatus.CANCELLED]
+                ),
+                settings.KEEP_VALUES_DAYS,
+            ),
         ]
-        rules = [(chosen, days) for chosen, days in rules if days]
-        if not rules or not self.service.repository.take_beat(PRUNE_PAUSE, of=2):
-            return False
-        left = PRUNE_BATCH
-        for chosen, days in rules:
-            left -= self.service.prune_finished(
-                timedelta(days=days),
-                statuses=[FlowStatus.SUCCEEDED, FlowStatus.CANCELLED],
-                limit=left,
-                **chosen,
-            )
-            if not left:
-                return True
-        return False
+        return [(rule, days) for rule, days in rules if days]
 
     # Pausing
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from functools import partial
 from typing import Any
@@ -11,6 +11,7 @@ from django.db import IntegrityError
 from django.db.models import QuerySet
 
 from . import telemetry
+from .actors import check_actor
 from .bulk import BulkService
 from .context import ExecutionContext
 from .drafts import NewFlow, encode
@@ -20,6 +21,7 @@ from .exceptions import (
     IllegalTransition,
     InvalidArgument,
     TaskNotFound,
+    ValuesDeleted,
 )
 from .flows import FlowTemplate
 from .models import FlowExecution, FlowTemplateState, TaskExecution
@@ -32,7 +34,6 @@ from .validation import (
     check_priority,
     check_reason,
     check_run_at,
-    check_text,
     flow_pk,
     shortened,
     storable_text,
@@ -54,6 +55,8 @@ _WAY_OUT = {
 def check_transition(flow: FlowExecution, to_status: FlowStatus) -> None:
     """Raise `IllegalTransition` unless the flow may go to that status from the one it has."""
     from_status = FlowStatus(flow.status)
+    if to_status is FlowStatus.RESCHEDULED:
+        check_has_values(flow)
     if to_status not in ALLOWED_TRANSITIONS[from_status]:
         raise IllegalTransition(
             f"Flow {flow.pk} cannot go from {from_status.value} to {to_status.value}:"
@@ -66,6 +69,12 @@ def flow_not_found(pk: object) -> FlowExecutionNotFound:
     return FlowExecutionNotFound(
         f"There is no flow execution {shortened(pk)}: give a FlowExecution or the id of one."
     )
+
+
+def check_has_values(flow: FlowExecution) -> None:
+    """Raise `ValuesDeleted` for a flow whose values were deleted for their age."""
+    if flow.values_deleted_at is not None:
+        raise ValuesDeleted(flow.pk, flow.values_deleted_at)
 
 
 class FlowService(BulkService):
@@ -249,6 +258,7 @@ class FlowService(BulkService):
         actor: str = "",
     ) -> FlowExecution:
         """Store a new flow that starts at a task with the context as that task first saw it."""
+        check_has_values(source)
         index = template.task_index(from_task)
         if index < source.first_task_index:
             raise TaskNotFound(
@@ -299,7 +309,7 @@ class FlowService(BulkService):
             raise InvalidArgument(
                 f"The status is {to_status!r}: give one of {', '.join(FlowStatus.values)}."
             )
-        actor, reason = check_text("actor", actor), check_reason(reason)
+        actor, reason = check_actor(actor), check_reason(reason)
         with self.repository.atomic():
             current = self._locked(flow)
             self._change(current, FlowStatus(to_status), actor=actor, reason=reason, **values)
@@ -353,7 +363,7 @@ class FlowService(BulkService):
 
         The flow's deadline is lifted: whoever reschedules it wants it to go on.
         """
-        run_at, actor = check_run_at(run_at), check_text("actor", actor)
+        run_at, actor = check_run_at(run_at), check_actor(actor)
         reason = check_reason(reason)
         values: dict[str, Any] = {} if priority is None else {"priority": check_priority(priority)}
         with self.repository.atomic():
@@ -384,7 +394,7 @@ class FlowService(BulkService):
         actor: str = "",
     ) -> FlowExecution:
         """Record the failed task as done by hand; the flow is RESCHEDULED at the next one."""
-        actor = check_text("actor", actor)
+        actor = check_actor(actor)
         if not isinstance(reason, str) or not reason.strip():
             raise InvalidArgument(
                 f"The reason is {reason!r}: say in a sentence how the task was done by hand."
@@ -430,7 +440,7 @@ class FlowService(BulkService):
 
     def cancel(self, flow: FlowOrPk, *, actor: str = "", reason: str = "") -> FlowExecution:
         """Cancel at once when no worker holds the flow, else after the task in progress."""
-        actor, reason = check_text("actor", actor), check_reason(reason)
+        actor, reason = check_actor(actor), check_reason(reason)
         with self.repository.atomic():
             current = self._locked(flow)
             check_transition(current, FlowStatus.CANCELLED)
@@ -470,7 +480,7 @@ class FlowService(BulkService):
 
     def set_paused(self, template_name: str, paused: bool, *, actor: str = "") -> bool:
         """Pause a template or resume it; return whether that changed anything."""
-        actor = check_text("actor", actor)
+        actor = check_actor(actor)
         states = self.repository.template_states
         state, _created = states.get_or_create(template_name=template_name)
         unlike = states.filter(pk=state.pk, paused_at__isnull=paused)
@@ -514,33 +524,81 @@ class FlowService(BulkService):
 
         At most `limit` are deleted. With `dry_run` only count them.
         """
-        try:
-            before = self.repository.now() - older_than
-        except OverflowError:
+        flows = self._ended_before(older_than, statuses, template_name)
+        if flows is None:
             return 0
-        flows = self.repository.finished_before(before, statuses)
-        if template_name is not None:
-            flows = flows.filter(template_name=template_name)
         flows = flows.exclude(template_name__in=list(except_templates))
         if dry_run:
             return flows.count()
-        deleted = 0
+        return self._in_batches(
+            flows,
+            lambda locked: self.repository.flows.filter(pk__in=locked).delete(),
+            batch_size,
+            limit,
+        )
+
+    def delete_values(
+        self,
+        older_than: timedelta,
+        *,
+        template_name: str | None = None,
+        statuses: Iterable[FlowStatus] = FINISHED,
+        batch_size: int = 500,
+        limit: int | None = None,
+        dry_run: bool = False,
+    ) -> int:
+        """Delete the values of flows that ended longer ago than that; return of how many.
+
+        That is their entries, and what their attempts have put out and logged. The attempts, the
+        transitions and their reasons stay. Such a flow can neither go on nor be run again. At
+        most `limit` flows are changed, a transaction a batch; with `dry_run` only counted.
+        """
+        flows = self._ended_before(older_than, statuses, template_name)
+        if flows is None:
+            return 0
+        flows = flows.filter(values_deleted_at=None)
+        if dry_run:
+            return flows.count()
+        return self._in_batches(flows, self.repository.delete_values, batch_size, limit)
+
+    def _ended_before(
+        self, older_than: timedelta, statuses: Iterable[FlowStatus], template_name: str | None
+    ) -> QuerySet[FlowExecution] | None:
+        try:
+            before = self.repository.now() - older_than
+        except OverflowError:
+            return None
+        flows = self.repository.finished_before(before, statuses)
+        return flows if template_name is None else flows.filter(template_name=template_name)
+
+    def _in_batches(
+        self,
+        flows: QuerySet[FlowExecution],
+        act: Callable[[list[int]], object],
+        batch_size: int,
+        limit: int | None,
+    ) -> int:
+        """Do it to the flows that ended first, until none is left; return to how many."""
+        done = 0
         if limit is not None:
             batch_size = min(batch_size, limit)
         while batch := list(
             flows.order_by("finished_at").values_list("pk", flat=True)[:batch_size]
         ):
-            deleted += self.repository.in_transaction(partial(self._prune, flows, batch))
-            if limit is not None and deleted >= limit:
+            done += self.repository.in_transaction(partial(self._change_batch, flows, batch, act))
+            if limit is not None and done >= limit:
                 break
-        return deleted
+        return done
 
-    def _prune(self, flows: QuerySet[FlowExecution], batch: Sequence[int]) -> int:
-        """Delete those of a batch that are still to be pruned; return how many."""
-        # Asked again: one that was rescheduled meanwhile is kept.
-        doomed = flows.filter(pk__in=batch).order_by("pk").select_for_update()
-        locked = list(doomed.values_list("pk", flat=True))
-        self.repository.flows.filter(pk__in=locked).delete()
+    @staticmethod
+    def _change_batch(
+        flows: QuerySet[FlowExecution], batch: Sequence[int], act: Callable[[list[int]], object]
+    ) -> int:
+        """Do it to those of a batch that it is still for; return to how many."""
+        # Asked again: one that was rescheduled meanwhile is kept as it is.
+        found = flows.filter(pk__in=batch).order_by("pk").select_for_update()
+        locked = list(found.values_list("pk", flat=True))
+        act(locked)
         return len(locked)
 
 

@@ -53,6 +53,19 @@ def announce_refusal(
     )
 
 
+values_viewed = Signal()
+"""A user looked at the values of a flow; sent once a page view, where `ACCESS_LOG` is on.
+
+`sender` is `FlowExecution`; `flow_id` is the flow's id, `actor` the user as a flow's history names
+them, `page` what showed the values. No value and no name of an entry is passed on.
+"""
+
+
+def send_values_viewed(flow_id: int, actor: str, page: str) -> None:
+    """Send `values_viewed`; it was no change, so there is no transaction to wait for."""
+    _send(values_viewed, FlowExecution, flow_id=flow_id, actor=actor, page=page)
+
+
 def announce_status(
     using: str, flow_id: int, from_status: str, to_status: str, actor: str = "", reason: str = ""
 ) -> None:

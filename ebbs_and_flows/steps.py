@@ -8,6 +8,7 @@ from dataclasses import asdict
 from datetime import datetime, timedelta
 
 from . import telemetry
+from .actors import RECOVERY, RETRY
 from .conf import get_settings
 from .exceptions import ClaimLost, DeadlineExceeded, EbbsAndFlowsError, TemplateDrift
 from .flows import FlowTemplate
@@ -355,7 +356,7 @@ class StepService:
                     transition(
                         FlowStatus.FAILED,
                         FlowStatus.RESCHEDULED,
-                        actor="recovery" if interrupted else "retry",
+                        actor=RECOVERY if interrupted else RETRY,
                         reason=reason or f"Attempt {run.attempt + 1} in {retry_after:.1f} s",
                     )
                 )
@@ -520,14 +521,12 @@ class StepService:
                 f" continued by itself: find out what ends the worker, then reschedule it."
             )
         self.end_attempts(flow, output)
-        path = [transition(FlowStatus.RUNNING, FlowStatus.FAILED, actor="recovery", reason=output)]
+        path = [transition(FlowStatus.RUNNING, FlowStatus.FAILED, actor=RECOVERY, reason=output)]
         if to_status is not FlowStatus.FAILED:
             by, why = "", ""
             if flow.cancel_requested:
                 by, why = flow.cancel_requested_by, flow.cancel_reason
-            path.append(
-                transition(FlowStatus.FAILED, to_status, actor=by or "recovery", reason=why)
-            )
+            path.append(transition(FlowStatus.FAILED, to_status, actor=by or RECOVERY, reason=why))
         self.record(flow, path)
         return True
 

@@ -154,7 +154,7 @@ def test_each_action_does_what_is_legal_and_says_so(admin_client: Client) -> Non
         "change_message", flat=True
     )
     assert set(logged) == {"Reschedule", "Cancel"}
-    assert one.transitions.latest("pk").actor == "admin"
+    assert one.transitions.latest("pk").actor == "user admin"
 
 
 def test_an_action_reports_an_unknown_template_in_a_sentence(admin_client: Client) -> None:

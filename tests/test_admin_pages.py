@@ -226,7 +226,7 @@ def test_a_task_that_was_done_by_hand_is_recorded_and_the_flow_goes_on(
     assert done.status == FlowStatus.SUCCEEDED
     assert done.execution_context["receipt"] == "R-17"
     text = page(admin_client, f"{LIST}{flow.pk}/change/")
-    assert "Done by hand by admin: Paid in cash" in text
+    assert "Done by hand by user admin: Paid in cash" in text
     assert logged() == ["Task charge done by hand: Paid in cash"]
     # It is over, so there is nothing left to say of it.
     assert admin_client.get(address).status_code == 302
@@ -344,7 +344,7 @@ def test_pausing_and_resuming(admin_client: Client) -> None:
     response = admin_client.post(f"{address}pause/", follow=True)
     text = response.content.decode()
     assert "no flow of it starts until it is resumed" in text
-    assert "by admin" in text
+    assert "by user admin" in text
     flow_runner.schedule_flow("billing")
     assert flow_runner.run_next() is None
     assert "Paused" in page(admin_client, TEMPLATES)
@@ -398,7 +398,7 @@ def test_a_run_is_scheduled_with_a_context_as_json(admin_client: Client) -> None
     flow = FlowExecution.objects.get()
     assert response["Location"] == f"{LIST}{flow.pk}/change/"
     assert dict(flow.execution_context) == {"price": "1.5"}
-    assert (flow.key, flow.priority, flow.created_by) == ("once", 7, "admin")
+    assert (flow.key, flow.priority, flow.created_by) == ("once", 7, "user admin")
     assert flow.run_at == datetime(2030, 1, 2, 2, 4, 5, tzinfo=UTC)
     assert logged() == ["Scheduled"]
     again = admin_client.post(

@@ -41,7 +41,7 @@ def test_the_defaults_are_fine(settings: Any) -> None:
 @pytest.mark.parametrize(
     ("configured", "says"),
     [
-        ({"LEASE_SECOND": 30}, "no setting 'LEASE_SECOND': the settings are ENGINE, "),
+        ({"LEASE_SECOND": 30}, "no setting 'LEASE_SECOND': the settings are ACCESS_LOG, ENGINE, "),
         ({"LEASE_SECONDS": "30"}, "'LEASE_SECONDS'] is '30': give it a number"),
         ({"LEASE_SECONDS": 1}, "at least 2"),
         ({"LEASE_SECONDS": float("nan")}, "at least 2"),

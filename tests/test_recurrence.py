@@ -28,7 +28,7 @@ from ebbs_and_flows import (
     flow_runner,
     task,
 )
-from ebbs_and_flows.engines.django_q import fire_recurring
+from ebbs_and_flows.engines.django_q import DjangoQEngine, fire_recurring
 from ebbs_and_flows.models import FlowExecution
 from ebbs_and_flows.pacemaker import Pacemaker
 from ebbs_and_flows.recurrence import MAX_CAUGHT_UP, Recurrence
@@ -168,6 +168,39 @@ def test_a_schedule_is_made_once_and_follows_the_code(declared: FlowRunner) -> N
     Schedule.objects.create(name="somebody else's", func="math.floor")
     declared.sync_recurring()
     assert {name for name, _ in schedules()} == {"flow: nightly", "somebody else's"}
+
+
+def test_a_schedule_calls_what_the_code_says_whatever_was_put_in_its_place(
+    declared: FlowRunner,
+) -> None:
+    declared.sync_recurring()
+    ours = Schedule.objects.get()
+    Schedule.objects.update(func="os.abort", args="('other',)")
+    declared.sync_recurring()
+    row = Schedule.objects.get()
+    assert (row.pk, row.func, row.args) == (ours.pk, ours.func, ours.args)
+    Schedule.objects.update(func="os.abort")
+    declared._recurrences.clear()
+    declared.sync_recurring()
+    assert schedules() == []
+
+
+@pytest.mark.parametrize("kwargs", ["{}", None, "not read", "{'declared': 1}", "a=1", "(" * 500])
+def test_only_what_it_has_made_is_changed_or_deleted(
+    declared: FlowRunner, kwargs: str | None
+) -> None:
+    for name in ("flow: nightly", "flow: rates", "flow: "):
+        Schedule.objects.create(name=name, func="math.floor", args="(1,)", kwargs=kwargs)
+    theirs = list(Schedule.objects.order_by("pk").values())
+    declared.sync_recurring()
+    declared.sync_recurring()
+    made = Schedule.objects.exclude(func="math.floor").get()
+    assert made.name == "flow: nightly"
+    assert DjangoQEngine().schedules()["nightly"].pk == made.pk
+    assert set(DjangoQEngine().schedules()) == {"nightly"}
+    declared._recurrences.clear()
+    declared.sync_recurring()
+    assert list(Schedule.objects.order_by("pk").values()) == theirs
 
 
 def test_what_an_operator_changed_stays_until_the_code_changes(declared: FlowRunner) -> None:

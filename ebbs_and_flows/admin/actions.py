@@ -9,7 +9,7 @@ from typing import Any
 from django.contrib import admin, messages
 from django.contrib.admin.models import CHANGE
 from django.db.models import QuerySet
-from django.http import HttpRequest
+from django.http import HttpRequest, HttpResponse
 from django.utils.translation import gettext_lazy as _
 from django.utils.translation import ngettext, ngettext_lazy
 
@@ -18,10 +18,14 @@ from ..models import FlowExecution
 from ..runner import flow_runner
 from ..status import ALLOWED_TRANSITIONS, FINISHED, FlowStatus
 from ..validation import MAX_PRIORITY
+from .confirm import ask_first
 from .pages import actor, log_all, may
 
 _BATCH = 500
 _SHOWN_ERRORS = 5
+_GONE = ngettext_lazy(
+    "%d skipped: its values were deleted.", "%d skipped: their values were deleted."
+)
 
 
 Acted = tuple[list[FlowExecution], list[str]]
@@ -63,6 +67,13 @@ class FlowAction:
     done: Any
     left: Any
     is_destructive: bool = False
+    # Whether a flow whose values were deleted is left as it is.
+    needs_values: bool = True
+
+    def is_legal(self, flow: FlowExecution) -> bool:
+        """Whether the flow may be changed so as it is now."""
+        has_what_it_needs = flow.values_deleted_at is None or not self.needs_values
+        return flow.status in self.statuses and has_what_it_needs
 
     def is_permitted(self, request: HttpRequest) -> bool:
         """Whether the user has the verb's permission."""
@@ -121,6 +132,7 @@ FLOW_ACTIONS = (
             "%d left alone: it is over already.", "%d left alone: they are over already."
         ),
         is_destructive=True,
+        needs_values=False,
     ),
 )
 
@@ -131,16 +143,19 @@ def apply(action: FlowAction, request: HttpRequest, flows: QuerySet[FlowExecutio
     The flows are read and changed in batches, so that memory does not grow with their number.
     """
     by = actor(request)
-    done = left = more = 0
+    done = left = gone = more = 0
     errors: set[str] = set()
     for batch in in_batches(flows):
-        legal = [flow for flow in batch if flow.status in action.statuses]
+        legal = [flow for flow in batch if action.is_legal(flow)]
+        without = sum(flow.values_deleted_at is not None for flow in batch)
+        gone += without if action.needs_values else 0
         changed, problems = action.act(legal, by) if legal else ([], [])
         if changed:
             log_all(request, changed, CHANGE, str(action.label))
         done += len(changed)
         # Also what has changed since it was read.
         left += len(batch) - len(changed) - len(problems)
+        left -= without if action.needs_values else 0
         for problem in problems:
             # Each may name its flow, so that they are not all kept.
             if len(errors) < _SHOWN_ERRORS:
@@ -151,6 +166,8 @@ def apply(action: FlowAction, request: HttpRequest, flows: QuerySet[FlowExecutio
         messages.success(request, action.done % done)
     if left:
         messages.warning(request, action.left % left)
+    if gone:
+        messages.warning(request, _GONE % gone)
     for text in sorted(errors):
         messages.error(request, text)
     if more:
@@ -173,8 +190,11 @@ def list_action(action: FlowAction) -> Any:
     @admin.action(description=action.label, permissions=[action.name])
     def on_selected(
         model_admin: Any, request: HttpRequest, flows: QuerySet[FlowExecution]
-    ) -> None:
-        apply(action, request, flows)
+    ) -> HttpResponse | None:
+        flows, question = ask_first(model_admin, request, action, flows)
+        if question is None:
+            apply(action, request, flows)
+        return question
 
     on_selected.__name__ = action.name
     return on_selected

@@ -15,6 +15,7 @@ from ..models import FlowExecution
 from ..runner import flow_runner
 from ..service import flow_service
 from ..status import FlowStatus
+from .access import values_shown
 from .forms import ByHandForm
 from .pages import actor, flow_url, log, page_context
 from .pieces import pill, progress
@@ -48,6 +49,8 @@ def by_hand_page(
             )
             return HttpResponseRedirect(page)
     failure = flow_service.get_failures([flow]).get(flow.pk)
+    # A task's error may quote what it worked on.
+    values_shown(request, flow.pk, "done by hand")
     context = page_context(
         model_admin,
         request,

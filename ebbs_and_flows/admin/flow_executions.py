@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
-from django.contrib import admin
+from django.contrib import admin, messages
 from django.contrib.admin.views.main import ChangeList
 from django.core.exceptions import PermissionDenied
 from django.db.models import QuerySet
@@ -23,7 +23,15 @@ from .filters import StatusFilter, TemplateFilter, WhenFilter
 from .flow_list import FlowColumns, add_attempts, live_query, rows_asked_for, search
 from .flow_page import flow_page
 from .overview import overview
-from .pages import admin_url, flow_or_refusal, flow_url, may, refuse_other_methods, require
+from .pages import (
+    admin_url,
+    flow_or_refusal,
+    flow_url,
+    may,
+    refuse_other_methods,
+    require,
+    values_deleted,
+)
 from .paginator import MAX_COUNT, BoundedPaginator
 from .queries import flows
 from .records import ListedLookups
@@ -194,7 +202,12 @@ class FlowExecutionAdmin(FlowColumns, ListedLookups):
                 return refusal
             require(request, "view_flowexecution", permission)
             flow = flow_or_refusal(self, request, object_id)
-            return flow if isinstance(flow, HttpResponse) else page(self, request, flow)
+            if isinstance(flow, HttpResponse):
+                return flow
+            if flow.values_deleted_at is not None:
+                messages.warning(request, values_deleted(flow))
+                return HttpResponseRedirect(flow_url(self.admin_site, flow.pk))
+            return page(self, request, flow)
 
         return view
 

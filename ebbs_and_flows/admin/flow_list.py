@@ -18,6 +18,7 @@ from ..models import FlowExecution, TaskExecution
 from ..service import flow_service
 from ..status import FlowStatus, TaskStatus
 from .attempts import LONG_TEXTS
+from .pages import is_id
 from .pieces import moment, pill, progress, reported_progress
 from .queries import flows, template_names
 
@@ -43,7 +44,7 @@ def search(queryset: QuerySet[Any], term: str) -> QuerySet[Any]:
     wanted = Q(key__gte=term, key__lt=term + "\U0010ffff")
     if names:
         wanted |= Q(template_name__in=names)
-    if term.isascii() and term.isdigit() and len(term) < 19:
+    if is_id(term):
         wanted |= Q(pk=int(term))
     return queryset.filter(wanted)
 
@@ -142,9 +143,5 @@ class FlowColumns(_ModelAdmin):
 
 def rows_asked_for(request: HttpRequest) -> list[FlowExecution]:
     """Return the flows whose ids the query has."""
-    ids = [int(text) for text in request.GET.getlist("id")[:MAX_LIVE] if _is_id(text)]
+    ids = [int(text) for text in request.GET.getlist("id")[:MAX_LIVE] if is_id(text)]
     return list(flows().filter(pk__in=ids))
-
-
-def _is_id(text: str) -> bool:
-    return text.isascii() and text.isdigit() and len(text) < 19

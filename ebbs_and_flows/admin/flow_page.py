@@ -17,10 +17,11 @@ from ..models import FlowExecution, FlowTransition, TaskExecution
 from ..runner import flow_runner
 from ..service import flow_service
 from ..status import FlowStatus
+from .access import refresh_url, values_shown
 from .actions import FLOW_ACTIONS
 from .attempts import MAX_ATTEMPTS, flow_attempts, running_attempt, task_rows
 from .entries import entry_groups
-from .pages import SEE_VALUES, may, page_context
+from .pages import SEE_VALUES, may, page_context, values_deleted
 from .pieces import moment, pill, progress, reported_progress, trace_link
 from .timeline import timeline_rows
 
@@ -49,10 +50,10 @@ def flow_page(
     )
     may_see_values = may(request, SEE_VALUES)
     groups, more_entries = entry_groups(flow) if may_see_values else ([], 0)
+    if groups:
+        values_shown(request, flow.pk, "flow page")
     actions = [
-        action
-        for action in FLOW_ACTIONS
-        if action.is_permitted(request) and flow.status in action.statuses
+        action for action in FLOW_ACTIONS if action.is_permitted(request) and action.is_legal(flow)
     ]
     context = page_context(
         model_admin,
@@ -66,9 +67,11 @@ def flow_page(
         warnings=_warnings(flow),
         actions=[action for action in actions if not action.is_destructive],
         destructive_actions=[action for action in actions if action.is_destructive],
-        may_rerun_from=may(request, "rerun_flowexecution"),
+        may_rerun_from=may(request, "rerun_flowexecution") and flow.values_deleted_at is None,
         may_finish_by_hand=(
-            flow.status == FlowStatus.FAILED and may(request, "reschedule_flowexecution")
+            flow.status == FlowStatus.FAILED
+            and flow.values_deleted_at is None
+            and may(request, "reschedule_flowexecution")
         ),
         may_delete=may_delete,
         axis=axis,
@@ -80,7 +83,7 @@ def flow_page(
         more_entries=more_entries,
         transitions=_transitions(flow),
         reruns=list(flow.reruns.order_by("-pk")[:MAX_RERUNS]),
-        refresh_url="" if flow.is_finished else request.get_full_path(),
+        refresh_url="" if flow.is_finished else refresh_url(request, flow),
         **extra,
     )
     return TemplateResponse(request, TEMPLATE, context)
@@ -121,6 +124,8 @@ def _took(flow: FlowExecution, attempts: Sequence[TaskExecution]) -> str:
 
 
 def _warnings(flow: FlowExecution) -> list[str]:
+    if flow.values_deleted_at is not None:
+        return [values_deleted(flow)]
     if flow.status in {FlowStatus.SUCCEEDED, FlowStatus.CANCELLED}:
         return []
     template = flow_runner.templates.get(flow.template_name)

@@ -18,7 +18,16 @@ from ..models import FlowTemplateState
 from ..runner import flow_runner
 from ..service import flow_service
 from .catalogue import LAST_RUNS, catalogue, entries, recurring
-from .pages import actor, admin_url, log, may, page_context, refuse_other_methods, require
+from .pages import (
+    actor,
+    admin_url,
+    is_id,
+    log,
+    may,
+    page_context,
+    refuse_other_methods,
+    require,
+)
 from .records import ReadOnlyAdmin
 from .schedule import schedule_page
 
@@ -155,7 +164,7 @@ class FlowTemplateAdmin(ReadOnlyAdmin):
     def _template(self, request: HttpRequest, object_id: str) -> FlowTemplate | HttpResponse:
         name = unquote(object_id)
         template = flow_runner.templates.get(name)
-        if template is None and name.isascii() and name.isdigit() and len(name) < 19:
+        if template is None and is_id(name):
             # Django's log of actions knows the row by its id.
             states = FlowTemplateState.objects.using(flow_service.repository.using)
             state = states.filter(pk=int(name)).first()

@@ -14,8 +14,8 @@ from django.http import HttpRequest, HttpResponse, HttpResponseNotAllowed, HttpR
 from django.urls import reverse
 from django.utils.translation import gettext as _
 
+from ..actors import user_actor
 from ..models import FlowExecution
-from ..validation import NAME_LENGTH
 from .queries import flows
 
 SEE_VALUES = "view_executioncontextentry"
@@ -34,9 +34,9 @@ def require(request: HttpRequest, *codenames: str) -> None:
 
 
 def actor(request: HttpRequest) -> str:
-    """Return the user's name, as a transition stores it."""
+    """Return the user as a transition stores them."""
     user: Any = request.user
-    return "".join(filter(str.isprintable, user.get_username()))[:NAME_LENGTH]
+    return user_actor(user.get_username())
 
 
 def log(request: HttpRequest, row: Model, flag: int, message: str) -> None:
@@ -74,18 +74,31 @@ def page_context(
     }
 
 
+def is_id(text: str) -> bool:
+    """Whether a text is a whole number that a database can compare with its ids."""
+    return text.isascii() and text.isdigit() and len(text) < 19
+
+
 def flow_or_refusal(
     model_admin: admin.ModelAdmin[Any], request: HttpRequest, object_id: str
 ) -> FlowExecution | HttpResponse:
     """Return the flow, or where to go, with a message, when there is none."""
     text = unquote(object_id)
-    if text.isascii() and text.isdigit() and len(text) < 19:
+    if is_id(text):
         flow = flows().filter(pk=int(text)).first()
         if flow is not None:
             return flow
     messages.warning(request, _("There is no flow execution %(id)s.") % {"id": repr(text[:40])})
     return HttpResponseRedirect(
         admin_url(model_admin.admin_site, "ebbs_and_flows_flowexecution_changelist")
+    )
+
+
+def values_deleted(flow: FlowExecution) -> str:
+    """Return the sentence on a flow whose values were deleted."""
+    return _(
+        "The values of this flow were deleted, so it can neither go on nor be run again: schedule"
+        " a new one."
     )
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from django.contrib import admin
-from django.http import HttpRequest
+from django.http import HttpRequest, HttpResponse
 from django.utils.html import format_html, format_html_join
 from django.utils.safestring import SafeString
 from django.utils.translation import gettext_lazy as _
 
 from ..models import ExecutionContextEntry, TaskExecution
+from .access import values_shown
 from .attempts import LONG_TEXTS, log_lines
 from .pages import flow_url
 from .paginator import BoundedPaginator
@@ -139,6 +140,15 @@ class ExecutionContextEntryAdmin(ReadOnlyAdmin):
     def get_queryset(self, request: HttpRequest) -> Any:
         """Leave the values of a list where they are."""
         return super().get_queryset(request).defer("value")
+
+    def render_change_form(
+        self, request: HttpRequest, context: dict[str, Any], *args: Any, **options: Any
+    ) -> HttpResponse:
+        """Show one entry, and report who looks at it."""
+        entry = options.get("obj")
+        if entry is not None:
+            values_shown(request, entry.flow_execution_id, "entry")
+        return super().render_change_form(request, context, *args, **options)
 
     @admin.display(description=_("type"))
     def value_type(self, entry: ExecutionContextEntry) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,11 +17,13 @@ from django.utils.html import format_html
 from django.utils.translation import gettext as _
 from django.utils.translation import gettext_lazy
 
+from ..entry_codec import stored_node
 from ..exceptions import EbbsAndFlowsError, UnreadableInput
 from ..models import FlowExecution
 from ..operator_input import FindRow, is_unchanged, parse, read_like, value_like
 from ..runner import flow_runner
 from ..status import FlowStatus
+from .access import values_shown
 from .entries import flow_entries
 from .forms import JsonTextarea
 from .pages import SEE_VALUES, actor, flow_url, log, may, page_context
@@ -39,11 +40,10 @@ MAX_COUNTED = 100_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EditableEntry:
-    """An entry that the chosen task saw; `stored` is the beginning of its text."""
+    """An entry that the chosen task saw."""
 
     pk: int
     name: str
-    stored: str
     value: ShownValue
 
     @property
@@ -185,6 +185,8 @@ def rerun_page(
             return _made(
                 model_admin, request, flow, rerun, choices[chosen - flow.first_task_index]
             )
+    if entries:
+        values_shown(request, flow.pk, "rerun form")
     context = page_context(
         model_admin,
         request,
@@ -267,7 +269,7 @@ def _entries(flow: FlowExecution, index: int) -> tuple[list[EditableEntry], int]
     if len(rows) > MAX_EDITABLE:
         more = bounded_counts([found], MAX_COUNTED)[0] - MAX_EDITABLE
     return [
-        EditableEntry(pk=pk, name=name, stored=text, value=shown_value(name, text, size))
+        EditableEntry(pk=pk, name=name, value=shown_value(name, text, size))
         for pk, name, text, size in rows[:MAX_EDITABLE]
     ], more
 
@@ -275,8 +277,4 @@ def _entries(flow: FlowExecution, index: int) -> tuple[list[EditableEntry], int]
 def _stored_node(flow: FlowExecution, name: str) -> Any:
     """Return an entry's stored value, parsed; None for one that is not there."""
     stored = flow_entries(flow).filter(name=name).values_list("value", flat=True).first()
-    try:
-        return json.loads(stored or "null")
-    except (ValueError, RecursionError):
-        # Changed by hand: whoever corrects it says which type it has.
-        return None
+    return None if stored is None else stored_node(name, stored)

@@ -12,12 +12,14 @@ from django.http import HttpRequest, HttpResponse, HttpResponseRedirect
 from django.template.response import TemplateResponse
 from django.utils.translation import gettext as _
 
+from ..entry_codec import stored_node
 from ..exceptions import EbbsAndFlowsError
 from ..flows import CleanedParameters, FlowTemplate
 from ..models import FlowExecution
 from ..operator_input import plain
 from ..runner import flow_runner
 from ..service import flow_service
+from .access import values_shown
 from .entries import flow_entries
 from .forms import ScheduleForm
 from .pages import SEE_VALUES, actor, flow_url, log, may, page_context
@@ -41,6 +43,8 @@ def schedule_page(
     like = _like(request, template) if offers else None
     stored = _first_context(like) if like is not None else {}
     offered = {name: plain(node) for name, node in stored.items()}
+    if offered and like is not None:
+        values_shown(request, like.pk, "schedule form")
     form = ScheduleForm(
         request.POST if is_post else None,
         has_parameters=template.parameters is not None,
@@ -147,5 +151,5 @@ def _first_context(flow: FlowExecution) -> dict[str, Any]:
     for writer, name, value in rows[:MAX_OFFERED]:
         is_short = not writer and len(value) <= MAX_OFFERED_TEXT
         if is_short and shown_value(name, value, len(value)).json:
-            offered[name] = json.loads(value)
+            offered[name] = stored_node(name, value)
     return offered

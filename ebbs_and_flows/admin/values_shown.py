@@ -9,6 +9,8 @@ from typing import Any
 from django.utils.translation import gettext as _
 from django.views.debug import get_default_exception_reporter_filter
 
+from ..entry_codec import from_stored, is_encoded
+from ..exceptions import UnreadableValue
 from ..operator_input import NoPlainForm, plain, type_name
 
 FOLDED_ABOVE = 160
@@ -31,20 +33,26 @@ def shown_value(name: str, stored: str, size: int) -> ShownValue:
     """Return an entry's value for a page.
 
     `stored` is the beginning of its stored text, `size` the length of all of it, in characters.
-    Nothing is decoded: a page must not load a model's row, nor fail where one is gone.
+    No value is made of it: a page must not load a model's row, nor fail where one is gone.
     """
     if _looks_secret(name):
         return ShownValue(type="", text=_mask(), is_long=False)
     if size > len(stored):
-        if _looks_secret(stored):
+        if is_encoded():
+            text = _("Too long to be shown here: %(size)s characters.") % {"size": size}
+        elif _looks_secret(stored):
             text = _("Too long to be shown with what looks secret in it masked.")
         else:
             text = stored + "\n" + _("… cut here: %(size)s characters in all.") % {"size": size}
         return ShownValue(type="", text=text, is_long=True)
     try:
+        stored = from_stored(name, stored)
+    except UnreadableValue as error:
+        return ShownValue(type="", text=str(error), is_long=False)
+    try:
         node = json.loads(stored)
     except (ValueError, RecursionError):
-        return ShownValue(type="", text=stored, is_long=size > FOLDED_ABOVE)
+        return ShownValue(type="", text=stored, is_long=len(stored) > FOLDED_ABOVE)
     masked = _masked(node)
     text = _readable(_plain(masked))
     return ShownValue(

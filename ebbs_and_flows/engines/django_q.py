@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import logging
 import os
 import threading
@@ -42,6 +43,7 @@ logger = logging.getLogger("ebbs_and_flows")
 _PREFIX = "flow: "
 _own = threading.local()
 ENTRY = "ebbs_and_flows.engines.django_q.run_due_flows"
+_FIRE = "ebbs_and_flows.engines.django_q.fire_recurring"
 
 
 class DjangoQEngine:
@@ -75,16 +77,17 @@ class DjangoQEngine:
         """
         using = router.db_for_write(Schedule)
         with transaction.atomic(using=using):
-            found = Schedule.objects.using(using).select_for_update()
             known = set()
-            for schedule in found.filter(name__startswith=_PREFIX).order_by("pk"):
+            for schedule in _made_here(Schedule.objects.using(using).select_for_update()):
                 name = schedule.name.removeprefix(_PREFIX)
                 if name not in recurrences or name in known:
                     # Dropped by the code, or made by two clusters that started together.
                     schedule.delete()
                     continue
                 known.add(name)
-                if schedule.kwargs != _kwargs(recurrences[name]):
+                # An operator may choose when it fires, and not what.
+                recurrence = recurrences[name]
+                if _fires(schedule) != (_FIRE, _args(recurrence), _kwargs(recurrence)):
                     _declare(schedule, recurrences[name])
                 elif schedule.schedule_type == Schedule.CRON and cron_problem(schedule.cron):
                     # Its scheduler fails at such a line, and then schedules nothing at all.
@@ -115,7 +118,6 @@ class DjangoQEngine:
     def schedules(self) -> dict[str, QueueSchedule]:
         """Return django-q2's schedules of recurring flows."""
         using = router.db_for_read(Schedule)
-        found = Schedule.objects.using(using).filter(name__startswith=_PREFIX)
         return {
             schedule.name.removeprefix(_PREFIX): QueueSchedule(
                 cron=schedule.cron or "",
@@ -123,8 +125,30 @@ class DjangoQEngine:
                 admin_name="django_q_schedule",
                 pk=schedule.pk,
             )
-            for schedule in found
+            for schedule in _made_here(Schedule.objects.using(using))
         }
+
+
+def _made_here(schedules: Any) -> list[Schedule]:
+    """Return the schedules that were made by this engine, and no other's of such a name."""
+    named = schedules.filter(name__startswith=_PREFIX).order_by("pk")
+    return [row for row in named if row.func == _FIRE or _is_declared(row.kwargs)]
+
+
+def _is_declared(kwargs: str | None) -> bool:
+    try:
+        found = ast.literal_eval(kwargs or "")
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return False
+    return isinstance(found, dict) and found.keys() == {"declared", "q_options"}
+
+
+def _fires(schedule: Schedule) -> tuple[str, str | None, str | None]:
+    return schedule.func, schedule.args, schedule.kwargs
+
+
+def _args(recurrence: Recurrence) -> str:
+    return repr((recurrence.name,))
 
 
 def _kwargs(recurrence: Recurrence) -> str:
@@ -134,8 +158,8 @@ def _kwargs(recurrence: Recurrence) -> str:
 
 
 def _declare(schedule: Schedule, recurrence: Recurrence) -> None:
-    schedule.func = f"{__name__}.fire_recurring"
-    schedule.args = repr((recurrence.name,))
+    schedule.func = _FIRE
+    schedule.args = _args(recurrence)
     schedule.kwargs = _kwargs(recurrence)
     schedule.schedule_type = Schedule.CRON
     schedule.cron = recurrence.cron

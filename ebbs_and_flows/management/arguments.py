@@ -21,6 +21,7 @@ from ..repository import is_outage
 from ..runner import flow_runner
 from ..validation import NAME_LENGTH
 from ..values import TAG
+from .entries_file import read_like_stored
 
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 _DURATION = re.compile(r"(\d{1,9})([smhdw])", re.ASCII)
@@ -64,15 +65,20 @@ def entries(
     given: Iterable[str] | None,
     as_json: str | None = None,
     *,
+    from_file: Mapping[str, Any] | None = None,
     types: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Return the entries of `name=value` texts and of one JSON object.
+    """Return the entries of `name=value` texts, of one JSON object and of a file's content.
 
     A value becomes what `types` has under its name, a parsed stored value. Otherwise one that is
     JSON is read as JSON, and any other is a text.
     """
     known = types or {}
-    found = {} if as_json is None else _object(as_json, known)
+    found = {} if from_file is None else read_like_stored(from_file, known)
+    for name, value in ({} if as_json is None else _object(as_json, known)).items():
+        if name in found:
+            raise CommandError(f"The entry {name!r} is given twice: give each name once.")
+        found[name] = value
     for text in given or ():
         name, separator, value = text.partition("=")
         if not separator or not name:

@@ -190,3 +190,13 @@ class FlowRepository(ClaimRepository):
     ) -> QuerySet[FlowExecution]:
         """The flows that ended in one of the statuses before the moment."""
         return self.flows.filter(status__in=list(statuses), finished_at__lt=moment)
+
+    def delete_values(self, flow_ids: Sequence[int]) -> None:
+        """Delete the entries of flows and what their attempts wrote, and note when."""
+        self.entries.filter(flow_execution__in=flow_ids).delete()
+        self.attempts.filter(flow_execution__in=flow_ids).update(
+            output="", log="", error_message="", traceback=""
+        )
+        self.flows.filter(pk__in=flow_ids).update(
+            values_deleted_at=DatabaseNow(), task_progress=""
+        )

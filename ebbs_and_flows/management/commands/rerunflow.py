@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 from django.core.management import CommandError
 from django.db import transaction
 from django.db.models import Exists, OuterRef, QuerySet
 
+from ...entry_codec import stored_node
 from ...models import FlowExecution
 from ...runner import flow_runner
 from ...status import FlowStatus
 from ..arguments import actor, entries, flow_ids, moment, refusals
 from ..base import FlowCommand
+from ..entries_file import ENTRIES_FILE_HELP, read_entries
 
 _BATCH = 500
 
@@ -39,6 +41,7 @@ class Command(FlowCommand):
         parser.add_argument(
             "--entry", action="append", metavar="NAME=VALUE", help="A corrected entry; repeatable."
         )
+        parser.add_argument("--entries-file", metavar="FILE", help=ENTRIES_FILE_HELP)
         parser.add_argument(
             "--failed",
             action="store_true",
@@ -54,12 +57,15 @@ class Command(FlowCommand):
 
     def handle(self, *args: Any, **options: Any) -> None:
         """Rerun them and say what was done."""
-        forking = options["from_task"] is not None or bool(options["entry"])
+        corrected = bool(options["entry"]) or options["entries_file"] is not None
+        forking = options["from_task"] is not None or corrected
         narrowed = options["template"] is not None or options["since"] is not None
         if options["failed"] == bool(options["id"]):
             raise CommandError("Give either the ids of flows or --failed.")
         if options["failed"] and forking:
-            raise CommandError("--from-task and --entry go with ids, not with --failed.")
+            raise CommandError(
+                "--from-task, --entry and --entries-file go with ids, not with --failed."
+            )
         if not options["failed"] and narrowed:
             raise CommandError("--template and --since go with --failed, not with ids.")
         with refusals():
@@ -70,7 +76,8 @@ class Command(FlowCommand):
                 else:
                     self._reschedule(flows)
             else:
-                given = (options["entry"] or []) if forking else None
+                content = read_entries(options["entries_file"])
+                given = partial(entries, options["entry"], from_file=content) if forking else None
                 pks = flow_ids(options["id"])
                 self._rerun(pks, options["from_task"], given, options["dry_run"])
 
@@ -78,7 +85,7 @@ class Command(FlowCommand):
         self,
         pks: list[int],
         from_task: str | None,
-        given: list[str] | None,
+        given: Callable[..., dict[str, Any]] | None,
         dry_run: bool,
     ) -> None:
         """Rerun these flows; with `given` None, what failed is continued."""
@@ -105,12 +112,15 @@ class Command(FlowCommand):
 
     @staticmethod
     def _fork(
-        flow: FlowExecution, from_task: str | None, given: list[str] | None, dry_run: bool
+        flow: FlowExecution,
+        from_task: str | None,
+        given: Callable[..., dict[str, Any]] | None,
+        dry_run: bool,
     ) -> str:
         fork = flow_runner.fork_flow_execution(
             flow,
             from_task=flow.first_task_index if from_task is None else _task(flow, from_task),
-            changes=entries(given, types=_stored_nodes(flow)) if given else None,
+            changes=given(types=_stored_nodes(flow)) if given else None,
             actor=actor("rerunflow"),
         )
         if flow.status in _RUN_AGAIN and from_task is None:
@@ -133,7 +143,9 @@ class Command(FlowCommand):
     def _failed(template: str | None, since: str | None) -> QuerySet[FlowExecution]:
         after = None if since is None else moment("--since", since, sign=-1)
         # What a fork has made good is not to be done a second time.
-        flows = flow_runner.service.repository.flows.filter(status=FlowStatus.FAILED).exclude(
+        flows = flow_runner.service.repository.flows.filter(
+            status=FlowStatus.FAILED, values_deleted_at=None
+        ).exclude(
             Exists(
                 flow_runner.service.repository.flows.filter(
                     rerun_of=OuterRef("pk"), status=FlowStatus.SUCCEEDED
@@ -155,7 +167,7 @@ _RUN_AGAIN: dict[str, str] = {
 
 def _stored_nodes(flow: FlowExecution) -> dict[str, Any]:
     stored = flow_runner.service.repository.stored_entries(flow.pk)
-    return {name: json.loads(text) for name, text in stored.items()}
+    return {name: stored_node(name, text) for name, text in stored.items()}
 
 
 def _in_batches(flows: QuerySet[FlowExecution]) -> Iterator[list[int]]:

@@ -9,6 +9,7 @@ from typing import Any
 from ...runner import flow_runner
 from ..arguments import actor, entries, moment, refusals
 from ..base import FlowCommand
+from ..entries_file import ENTRIES_FILE_HELP, read_entries
 from ..outcomes import local
 
 
@@ -30,6 +31,7 @@ class Command(FlowCommand):
         parser.add_argument(
             "--entries-json", metavar="OBJECT", help='Entries as JSON: {"order_id": 42}.'
         )
+        parser.add_argument("--entries-file", metavar="FILE", help=ENTRIES_FILE_HELP)
         parser.add_argument(
             "--at",
             metavar="MOMENT",
@@ -47,7 +49,11 @@ class Command(FlowCommand):
         key = options["key"]
         with refusals():
             flow_runner.get_flow_template(options["name"])
-            context = entries(options["entry"], options["entries_json"])
+            context = entries(
+                options["entry"],
+                options["entries_json"],
+                from_file=read_entries(options["entries_file"]),
+            )
             run_at = None if options["at"] is None else moment("--at", options["at"])
             repository = flow_runner.service.repository
             now = repository.now()

@@ -12,13 +12,16 @@ from typing import Any
 
 from django.core.management import CommandError
 
+from ...access_log import report_view
 from ...durations import duration, time_at_work
+from ...entry_codec import from_stored
+from ...exceptions import UnreadableValue
 from ...models import ExecutionContextEntry, FlowExecution, TaskExecution
 from ...monitoring import waiting_unregistered
 from ...runner import flow_runner
 from ...service import flow_service
 from ...status import WAITING, FlowStatus
-from ..arguments import flow_ids, known_template, positive, refusals, storable_name
+from ..arguments import actor, flow_ids, known_template, positive, refusals, storable_name
 from ..base import FlowCommand
 from ..outcomes import (
     PAGE,
@@ -148,6 +151,8 @@ class Command(FlowCommand):
         if not as_json:
             self.stdout.write(overview(listed))
         for outcome in listed:
+            if values:
+                report_view(outcome.id, actor("showflows"), "showflows --values")
             if as_json:
                 self.stdout.write(json.dumps(details.as_json(outcome, values)))
             else:
@@ -171,7 +176,7 @@ class Command(FlowCommand):
             self.stdout.write(f"Rerun as {reruns}.")
         if values:
             for name, text in entries.items():
-                self.stdout.write(f"  {name} = {text}")
+                self.stdout.write(f"  {name} = {_readable(name, text)}")
         attempts = details.attempts[outcome.id]
         rows = [["TASK", "ATTEMPT", "STATUS", "STARTED", "TOOK"]]
         for row in attempts:
@@ -224,7 +229,7 @@ class _Details:
             **outcome.as_json,
             "rerun_of": self.rerun_of.get(outcome.id),
             "reruns": self.reruns[outcome.id],
-            "entries": {name: json.loads(text) for name, text in entries.items()}
+            "entries": {name: _parsed(name, text) for name, text in entries.items()}
             if values
             else list(entries),
             "attempts": [
@@ -242,6 +247,21 @@ class _Details:
                 for row in self.attempts[outcome.id]
             ],
         }
+
+
+def _readable(name: str, stored: str) -> str:
+    """Return a value's text or, where it cannot be decoded, why."""
+    try:
+        return from_stored(name, stored)
+    except UnreadableValue as error:
+        return str(error)
+
+
+def _parsed(name: str, stored: str) -> Any:
+    try:
+        return json.loads(from_stored(name, stored))
+    except UnreadableValue as error:
+        return {"$error": str(error)}
 
 
 def _time_at_work(outcome: Outcome, attempts: list[TaskExecution]) -> timedelta | None:
