@@ -29,6 +29,7 @@ from .exceptions import (
 from .flows import Task
 from .heartbeat import WatchedRun, heartbeat
 from .process_state import ProcessState, call_apart
+from .redaction import redact_text
 from .repository import ClaimedRun, is_outage
 from .service import FlowService
 from .tasklog import Keeper, keep
@@ -194,7 +195,7 @@ class AttemptInProgress:
     def report_progress(self, done: float, total: float | None, message: str) -> None:
         """Hand it to the heartbeat, which writes it at most once a second."""
         if self._watched is not None:
-            self._watched.report(done, total, storable_text(message))
+            self._watched.report(done, total, redact_text(storable_text(message)))
             heartbeat.wake()
 
     def keep_record(self, record: logging.LogRecord) -> None:

@@ -14,6 +14,7 @@ from . import entry_codec
 from .conf import get_settings, problems
 from .engines import get_engine
 from .exceptions import EbbsAndFlowsError, ImproperSetting
+from .redaction import get_redactor
 from .repository import FlowRepository
 from .requirements import check_configuration, check_server
 
@@ -52,6 +53,7 @@ def check_settings(**kwargs: Any) -> list[CheckMessage]:
     found += _check_engine(using)
     found += _check_templates()
     found += _check_recurring(may_ask=kwargs.get("databases") is not None)
+    found += _check_redactor()
     found += _check_lease(using)
     if connections[using].vendor == "sqlite":
         found += _check_sqlite(using)
@@ -133,6 +135,16 @@ def _check_engine(using: str) -> list[CheckMessage]:
         # What is wrong in the dict itself is named by E001 already.
         named = problems(getattr(settings, "EBBS_AND_FLOWS", {}))
         return [] if named else [Error(str(error), id="ebbs_and_flows.E004")]
+
+
+def _check_redactor() -> list[CheckMessage]:
+    try:
+        get_redactor()
+    except ImproperSetting as error:
+        # What is wrong in the dict itself is named by E001 already.
+        named = problems(getattr(settings, "EBBS_AND_FLOWS", {}))
+        return [] if named else [Error(str(error), id="ebbs_and_flows.E020")]
+    return []
 
 
 def _check_templates() -> list[CheckMessage]:

@@ -45,6 +45,8 @@ class Settings:
     """Whether it is reported who looked at the values of which flow."""
     ENTRY_CODEC: str = ""
     """The dotted path of what encodes stored values, by encryption, say; empty stores JSON."""
+    REDACT: str = "ebbs_and_flows.redaction.Redactor"
+    """The dotted path of the class that masks secrets in what is shown, logged and exported."""
     TRACE_URL: str = ""
     """Where the admin links a flow's trace to, with `{trace_id}` in it; empty links to nothing."""
 

@@ -108,11 +108,17 @@ class InvalidArgument(EbbsAndFlowsError, ValueError):
 class InvalidParameters(InvalidArgument):
     """What a flow was to be scheduled with does not pass its template's `parameters` form.
 
-    `errors` holds the form's errors: field names to lists of sentences.
+    `errors` holds the form's errors, for whoever typed the values: field names to lists of
+    sentences, which may quote a value. The error's own text has `shown`, which does not.
     """
 
-    def __init__(self, template_name: str, errors: dict[str, list[str]]) -> None:
-        said = "; ".join(f"{name}: {' '.join(texts)}" for name, texts in errors.items())
+    def __init__(
+        self,
+        template_name: str,
+        errors: dict[str, list[str]],
+        shown: dict[str, list[str]] | None = None,
+    ) -> None:
+        said = "; ".join(f"{name}: {' '.join(texts)}" for name, texts in (shown or errors).items())
         super().__init__(f"Template {template_name!r} cannot be scheduled so: {said}")
         self.errors = errors
 

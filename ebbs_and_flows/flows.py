@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 import random
+import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final, overload
 
+from django.core.exceptions import ValidationError
 from django.db.models import QuerySet
 from django.forms.fields import Field, JSONString
 from django.forms.forms import BaseForm
@@ -222,6 +224,20 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, JSONString) else value
 
 
+def _without_values(problem: ValidationError, given: Iterable[Any]) -> str:
+    """Return what a form says, without the values that it was given."""
+    texts = sorted({str(value) for value in given} - {""}, key=len, reverse=True)
+    parameters = {
+        name: "…" if name in {"value", "show_value"} or str(value) in texts else value
+        for name, value in (problem.params or {}).items()
+    }
+    message = str(problem.message)
+    said = message % parameters if problem.params else message
+    for text in texts:
+        said = re.sub(rf"(?<!\w){re.escape(text)}(?!\w)", "…", said)
+    return said
+
+
 def _as_form_data(parameters: type[BaseForm], given: Mapping[str, Any]) -> dict[str, Any]:
     """Return values as a form reads them: those of several widgets by the names of those."""
     fields: dict[str, Field] = getattr(parameters, "base_fields", {})
@@ -323,6 +339,10 @@ class FlowTemplate:
             raise InvalidParameters(
                 self.name,
                 {name: [str(text) for text in form.errors[name]] for name in form.errors},
+                {
+                    name: [_without_values(problem, given.values()) for problem in problems]
+                    for name, problems in form.errors.as_data().items()
+                },
             )
         return CleanedParameters.of(form)
 

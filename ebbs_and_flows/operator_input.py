@@ -29,7 +29,16 @@ from django.utils.duration import duration_string
 from django.utils.translation import gettext as _
 
 from .exceptions import EbbsAndFlowsError, UnreadableInput
-from .values import TAG, encode, is_pydantic, registered_class, registered_name, validated, zone_of
+from .values import (
+    TAG,
+    encode,
+    is_pydantic,
+    registered_class,
+    registered_name,
+    validated,
+    validation_problems,
+    zone_of,
+)
 
 FindRow = Callable[[type[Model], str, Any], Model | None]
 """Takes a model, a database and a primary key; returns the row if it may be referred to."""
@@ -446,14 +455,9 @@ def _check_fields(cls: Any, fields: Mapping[str, Any]) -> None:
 def _problem(cls: Any, error: Exception) -> str:
     if issubclass(cls, Enum):
         return ", ".join(cls.__members__)[:_MAX_ERROR]
-    errors = getattr(error, "errors", None)
-    if callable(errors):
-        # Pydantic's own text quotes what was given.
-        found = [
-            f"{'.'.join(map(str, item['loc']))}: {item['msg']}"
-            for item in errors(include_url=False, include_input=False, include_context=False)
-        ]
-        return "; ".join(found)[:_MAX_ERROR]
+    problems = validation_problems(error)
+    if problems:
+        return "; ".join(problems)[:_MAX_ERROR]
     return (str(error) or type(error).__name__)[:_MAX_ERROR]
 
 

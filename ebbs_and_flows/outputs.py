@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any, Final, TypeVar
 
 from .error_chain import cause_of, context_of, related_errors, traceback_of
+from .redaction import redact_text
 from .validation import MESSAGE_LENGTH, NAME_LENGTH, storable_text
 
 MAX_CAUSES: Final = 10
@@ -45,7 +46,7 @@ class Failure:
     @classmethod
     def without_traceback(cls, error_type: str, output: str) -> Failure:
         """Return a failure that no code of a task has raised, from its sentences."""
-        output = storable_text(output)
+        output = redact_text(storable_text(output))
         return cls(
             error_type=error_type[:NAME_LENGTH],
             error_message=_one_line(output.removeprefix("interrupted: ")),
@@ -62,7 +63,7 @@ def describe(error: BaseException, max_bytes: int, *, message_only: bool = False
 
     Never raises: an error that cannot be read is described by its type and its plain frames.
     """
-    message = error_message(error)
+    message = redact_text(error_message(error))
     if message_only:
         output, trace = _shortened(message, max_bytes), ""
     else:
@@ -116,7 +117,9 @@ def _parts(error: BaseException, message: str) -> tuple[str, str]:
         f"Caused by: {error_name(cause)}: {_one_line(error_message(cause))}"
         for cause in _causes(error)
     ]
-    return "\n\n".join([said, "\n".join(causes)]).strip(), trace
+    # As a whole, before it is cut: the rest of a secret is not known to be one.
+    said = redact_text("\n\n".join([said, "\n".join(causes)]).strip())
+    return said, redact_text(trace)
 
 
 def _in_full(error: BaseException, frame: TracebackType | None) -> tuple[str, str]:

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from datetime import UTC, datetime
 
+from .redaction import redact_text
 from .validation import storable_text
 
 _LAST_LINE = 200
@@ -48,7 +49,12 @@ class TaskLog:
 
 def _line(created: float, level: str, logger: str, message: str) -> str:
     at = datetime.fromtimestamp(created, UTC).isoformat(timespec="milliseconds")
-    record = {"at": at, "level": level, "logger": logger, "message": storable_text(message)}
+    record = {
+        "at": at,
+        "level": level,
+        "logger": logger,
+        "message": redact_text(storable_text(message)),
+    }
     return json.dumps(record, ensure_ascii=False).translate(_LINE_ENDS)
 
 

@@ -25,6 +25,7 @@ from .conf import get_settings
 from .exceptions import RetryLater
 from .models import FlowExecution, TaskExecution
 from .outputs import describe, error_message
+from .redaction import redact_text
 from .repository import ClaimedRun
 from .status import FINISHED, FlowStatus, TaskStatus
 
@@ -288,7 +289,7 @@ def _tell_error(span: Span, error: BaseException | None) -> None:
     # As `record_exception` has it, which reads the error itself.
     recorded = {
         "exception.type": failure.error_type,
-        "exception.message": error_message(error),
+        "exception.message": redact_text(error_message(error)),
         "exception.stacktrace": failure.traceback,
     }
     span.add_event("exception", recorded)

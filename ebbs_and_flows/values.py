@@ -348,9 +348,9 @@ def _pydantic_to_node(value: Any, depth: int) -> Any:
         raise refusal
     raise UnstorableValue(
         f"A context cannot store this {_path(type(value))}: what model_validate makes of its"
-        " model_dump differs from it. Make its validators and serializers inverse to each other,"
-        " and keep no private or excluded fields in it."
-    ) from refusal
+        f" model_dump differs from it{_reason(refusal)}. Make its validators and serializers"
+        " inverse to each other, and keep no private or excluded fields in it."
+    ) from None
 
 
 def _not_a_number(value: Any) -> UnstorableValue:
@@ -439,9 +439,9 @@ def _from_node(node: Any) -> Any:
         raise
     except _MALFORMED as error:
         raise UnreadableValue(
-            f"The stored value of type {tag!r} is malformed, so it was changed by hand or stored"
-            " by another version: fork the flow with the right value."
-        ) from error
+            f"The stored value of type {tag!r} is malformed{_reason(error)}, so it was changed by"
+            " hand or stored by another version: fork the flow with the right value."
+        ) from None
 
 
 def _read(tag: str, stored: Any) -> Any:
@@ -449,11 +449,12 @@ def _read(tag: str, stored: Any) -> Any:
         return _READERS[tag](stored)
     except RecursionError:
         raise
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - the project's class may raise anything
         raise UnreadableValue(
-            f"The class {_path(_CLASSES[tag])} does not accept what is stored of it: give it"
-            " defaults for new fields, keep old ones, or fork the flow with the right value."
-        ) from error
+            f"The class {_path(_CLASSES[tag])} does not accept what is stored of it"
+            f"{_reason(error)}: give it defaults for new fields, keep old ones, or fork the flow"
+            " with the right value."
+        ) from None
 
 
 def _expect(kind: type, value: Any) -> Any:
@@ -562,8 +563,8 @@ def _model_from_node(node: dict[str, Any]) -> Model:
         instance: Model = model._base_manager.using(using).get(pk=pk)
     except model.DoesNotExist as error:
         raise ReferencedObjectGone(
-            f"The {label} with the primary key {pk!r} is no longer in the database {using!r}:"
-            " restore it, or fork the flow with another value."
+            f"The {label} that it refers to is no longer in the database {using!r}: restore it, or"
+            " fork the flow with another value."
         ) from error
     return instance
 
@@ -665,6 +666,23 @@ def validated(cls: Any, dumped: Any) -> Any:
     """Return what a pydantic model makes of its fields, given by their names."""
     # Fields go by their names, because a field's aliases for reading and writing may differ.
     return cls.model_validate(dumped, by_alias=False, by_name=True)
+
+
+def validation_problems(error: object) -> list[str]:
+    """Return what pydantic says of each field, without the values; empty for other errors."""
+    errors = getattr(error, "errors", None)
+    if not callable(errors) or not hasattr(error, "error_count"):
+        return []
+    found = errors(include_url=False, include_input=False, include_context=False)
+    return [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in found]
+
+
+def _reason(error: Exception | None) -> str:
+    """Return what kind of error it was, in brackets; its own text may quote the value."""
+    if error is None:
+        return ""
+    fields = [problem.partition(":")[0] for problem in validation_problems(error)]
+    return f" ({', '.join([type(error).__name__, *fields])})"
 
 
 def _path(cls: type) -> str:

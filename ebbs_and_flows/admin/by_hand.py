@@ -9,6 +9,7 @@ from django.contrib.admin.models import CHANGE
 from django.http import HttpRequest, HttpResponse, HttpResponseRedirect
 from django.template.response import TemplateResponse
 from django.utils.translation import gettext as _
+from django.views.decorators.debug import sensitive_variables
 
 from ..exceptions import EbbsAndFlowsError
 from ..models import FlowExecution
@@ -23,6 +24,7 @@ from .pieces import pill, progress
 TEMPLATE = "admin/ebbs_and_flows/flowexecution/by_hand.html"
 
 
+@sensitive_variables()
 def by_hand_page(
     model_admin: admin.ModelAdmin[Any], request: HttpRequest, flow: FlowExecution
 ) -> HttpResponse:

@@ -14,6 +14,7 @@ from django.template.response import TemplateResponse
 from django.urls import URLPattern, path
 from django.utils.translation import gettext as _
 from django.utils.translation import gettext_lazy, ngettext
+from django.views.decorators.debug import sensitive_post_parameters
 
 from ..models import FlowExecution
 from ..status import FINISHED
@@ -196,6 +197,7 @@ class FlowExecutionAdmin(FlowColumns, ListedLookups):
         return view
 
     def _page_view(self, page: FlowPage, permission: str) -> Callable[..., HttpResponse]:
+        @sensitive_post_parameters()
         def view(request: HttpRequest, object_id: str) -> HttpResponse:
             refusal = refuse_other_methods(request, "GET", "POST")
             if refusal is not None:

@@ -11,7 +11,9 @@ from django.contrib.admin.utils import quote, unquote
 from django.http import HttpRequest, HttpResponse, HttpResponseRedirect
 from django.template.response import TemplateResponse
 from django.urls import URLPattern, path
+from django.utils.decorators import method_decorator
 from django.utils.translation import gettext as _
+from django.views.decorators.debug import sensitive_post_parameters
 
 from ..flows import FlowTemplate
 from ..models import FlowTemplateState
@@ -116,6 +118,7 @@ class FlowTemplateAdmin(ReadOnlyAdmin):
             request, "admin/ebbs_and_flows/flowtemplatestate/template.html", context
         )
 
+    @method_decorator(sensitive_post_parameters())
     def _schedule_view(self, request: HttpRequest, object_id: str) -> HttpResponse:
         refusal = refuse_other_methods(request, "GET", "POST")
         if refusal is not None:

@@ -16,6 +16,7 @@ from django.template.response import TemplateResponse
 from django.utils.html import format_html
 from django.utils.translation import gettext as _
 from django.utils.translation import gettext_lazy
+from django.views.decorators.debug import sensitive_variables
 
 from ..entry_codec import stored_node
 from ..exceptions import EbbsAndFlowsError, UnreadableInput
@@ -154,6 +155,7 @@ class RerunForm(forms.Form):
                 self.add_error("other_value", str(error))
 
 
+@sensitive_variables()
 def rerun_page(
     model_admin: admin.ModelAdmin[Any], request: HttpRequest, flow: FlowExecution
 ) -> HttpResponse:

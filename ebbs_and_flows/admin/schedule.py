@@ -11,6 +11,7 @@ from django.contrib.admin.models import ADDITION
 from django.http import HttpRequest, HttpResponse, HttpResponseRedirect
 from django.template.response import TemplateResponse
 from django.utils.translation import gettext as _
+from django.views.decorators.debug import sensitive_variables
 
 from ..entry_codec import stored_node
 from ..exceptions import EbbsAndFlowsError
@@ -33,6 +34,7 @@ MAX_OFFERED = 100
 MAX_OFFERED_TEXT = 20_000
 
 
+@sensitive_variables()
 def schedule_page(
     model_admin: admin.ModelAdmin[Any], request: HttpRequest, template: FlowTemplate
 ) -> HttpResponse:

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from django.utils.translation import gettext as _
-from django.views.debug import get_default_exception_reporter_filter
 
 from ..entry_codec import from_stored, is_encoded
 from ..exceptions import UnreadableValue
 from ..operator_input import NoPlainForm, plain, type_name
+from ..redaction import MASK, is_secret, redact_text, redact_value
 
 FOLDED_ABOVE = 160
 
@@ -35,15 +35,14 @@ def shown_value(name: str, stored: str, size: int) -> ShownValue:
     `stored` is the beginning of its stored text, `size` the length of all of it, in characters.
     No value is made of it: a page must not load a model's row, nor fail where one is gone.
     """
-    if _looks_secret(name):
-        return ShownValue(type="", text=_mask(), is_long=False)
+    if is_secret(name):
+        return ShownValue(type="", text=MASK, is_long=False)
     if size > len(stored):
         if is_encoded():
             text = _("Too long to be shown here: %(size)s characters.") % {"size": size}
-        elif _looks_secret(stored):
-            text = _("Too long to be shown with what looks secret in it masked.")
         else:
-            text = stored + "\n" + _("… cut here: %(size)s characters in all.") % {"size": size}
+            text = redact_text(stored)
+            text += "\n" + _("… cut here: %(size)s characters in all.") % {"size": size}
         return ShownValue(type="", text=text, is_long=True)
     try:
         stored = from_stored(name, stored)
@@ -52,8 +51,10 @@ def shown_value(name: str, stored: str, size: int) -> ShownValue:
     try:
         node = json.loads(stored)
     except (ValueError, RecursionError):
-        return ShownValue(type="", text=stored, is_long=len(stored) > FOLDED_ABOVE)
-    masked = _masked(node)
+        return ShownValue(
+            type="", text=redact_text(stored), is_long=len(stored) > FOLDED_ABOVE
+        )
+    masked = redact_value(name, node)
     text = _readable(_plain(masked))
     return ShownValue(
         type=type_name(node),
@@ -89,25 +90,3 @@ def _editable(node: Any) -> str:
         return _readable(plain(node))
     except NoPlainForm:
         return ""
-
-
-def _looks_secret(name: str) -> bool:
-    # As in error reports: a project may set another filter with DEFAULT_EXCEPTION_REPORTER_FILTER.
-    return bool(get_default_exception_reporter_filter().hidden_settings.search(name))
-
-
-def _mask() -> str:
-    return str(get_default_exception_reporter_filter().cleansed_substitute)
-
-
-def _masked(node: Any) -> Any:
-    if isinstance(node, list):
-        # A dict whose keys are not all texts is stored as pairs.
-        if len(node) == 2 and isinstance(node[0], str) and _looks_secret(node[0]):
-            return [node[0], _mask()]
-        return [_masked(item) for item in node]
-    if isinstance(node, dict):
-        return {
-            key: _mask() if _looks_secret(key) else _masked(item) for key, item in node.items()
-        }
-    return node

@@ -18,6 +18,7 @@ from ...entry_codec import from_stored
 from ...exceptions import UnreadableValue
 from ...models import ExecutionContextEntry, FlowExecution, TaskExecution
 from ...monitoring import waiting_unregistered
+from ...redaction import redact_stored, redact_value
 from ...runner import flow_runner
 from ...service import flow_service
 from ...status import WAITING, FlowStatus
@@ -176,7 +177,7 @@ class Command(FlowCommand):
             self.stdout.write(f"Rerun as {reruns}.")
         if values:
             for name, text in entries.items():
-                self.stdout.write(f"  {name} = {_readable(name, text)}")
+                self.stdout.write(f"  {name} = {redact_stored(name, _readable(name, text))}")
         attempts = details.attempts[outcome.id]
         rows = [["TASK", "ATTEMPT", "STATUS", "STARTED", "TOOK"]]
         for row in attempts:
@@ -229,7 +230,9 @@ class _Details:
             **outcome.as_json,
             "rerun_of": self.rerun_of.get(outcome.id),
             "reruns": self.reruns[outcome.id],
-            "entries": {name: _parsed(name, text) for name, text in entries.items()}
+            "entries": {
+                name: redact_value(name, _parsed(name, text)) for name, text in entries.items()
+            }
             if values
             else list(entries),
             "attempts": [
