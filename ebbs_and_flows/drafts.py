@@ -15,7 +15,7 @@ from .flows import FlowTemplate
 from .models import FlowExecution, FlowTransition
 from .status import FlowStatus
 from .steps import transition
-from .validation import check_key, check_priority, check_run_at
+from .validation import check_key, check_priority, check_reason, check_run_at
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +25,7 @@ class NewFlow:
     flow: FlowExecution
     entries: dict[str, str]
     deadline: timedelta | None
+    reason: str = ""
 
     @classmethod
     def of(
@@ -40,12 +41,13 @@ class NewFlow:
         first_task_index: int = 0,
         stored: Mapping[str, str] | None = None,
         rerun_of: FlowExecution | None = None,
+        reason: str = "",
     ) -> NewFlow:
         """Return the draft of a run of a template, CREATED or already SCHEDULED.
 
         `run_at` None is the moment of its storing; `stored` are entries in their stored form,
-        taken over from another flow. Raises `InvalidArgument`, `InvalidFlowTemplate` and the
-        errors of the context's values.
+        taken over from another flow; `reason` is kept in its history. Raises `InvalidArgument`,
+        `InvalidFlowTemplate` and the errors of the context's values.
         """
         if not template.tasks:
             raise InvalidFlowTemplate(
@@ -66,7 +68,7 @@ class NewFlow:
             rerun_of=rerun_of,
         )
         deadline = None if template.deadline is None else timedelta(seconds=template.deadline)
-        return cls(flow, {**known, **encode(context, known)}, deadline)
+        return cls(flow, {**known, **encode(context, known)}, deadline, check_reason(reason))
 
     def fill_in(self, now: datetime) -> None:
         """Set what depends on the moment of its storing."""
@@ -81,7 +83,7 @@ class NewFlow:
     def path(self, now: datetime) -> list[FlowTransition]:
         """Return its first transitions, unsaved."""
         actor = self.flow.created_by
-        records = [transition("", FlowStatus.CREATED, actor=actor)]
+        records = [transition("", FlowStatus.CREATED, actor=actor, reason=self.reason)]
         if self.flow.status == FlowStatus.SCHEDULED:
             records.append(transition(FlowStatus.CREATED, FlowStatus.SCHEDULED, actor=actor))
         for record in records:

@@ -346,6 +346,27 @@ class FlowTemplate:
             )
         return CleanedParameters.of(form)
 
+    def clean_changes(
+        self, context: Mapping[str, Any], changes: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Return changes to a flow's context, validated and cleaned by `parameters`.
+
+        The form gets its fields from the context with the changes; what else is changed stays as
+        it is. Raises `InvalidParameters`.
+        """
+        fields: Mapping[str, Any] = getattr(self.parameters, "base_fields", {})
+        if not fields.keys() & changes.keys():
+            return dict(changes)
+        given = {
+            name: changes[name] if name in changes else context[name]
+            for name in fields
+            if name in changes or name in context
+        }
+        cleaned = self.clean(given)
+        # A field that was not changed stays as it is stored; what the form derives follows.
+        kept = fields.keys() - changes.keys()
+        return {**changes, **{name: cleaned[name] for name in cleaned if name not in kept}}
+
     @property
     def tasks(self) -> tuple[Task, ...]:
         """The tasks in their order."""

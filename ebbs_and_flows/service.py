@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from functools import partial
 from typing import Any
@@ -40,6 +40,8 @@ from .validation import (
 )
 
 FlowOrPk = FlowExecution | int
+MAX_NAMED = 20
+"""How many entries a reason names at most."""
 
 _WAY_OUT = {
     FlowStatus.SUCCEEDED: "to run it again, fork it",
@@ -75,6 +77,14 @@ def check_has_values(flow: FlowExecution) -> None:
     """Raise `ValuesDeleted` for a flow whose values were deleted for their age."""
     if flow.values_deleted_at is not None:
         raise ValuesDeleted(flow.pk, flow.values_deleted_at)
+
+
+def _changed_names(names: Collection[str], what: str = "changed") -> str:
+    """Return which entries were changed, for a reason; never their values."""
+    if not names:
+        return ""
+    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+    return f"; {what}: {', '.join(list(names)[:MAX_NAMED])}{more}"
 
 
 class FlowService(BulkService):
@@ -277,6 +287,9 @@ class FlowService(BulkService):
                 raise flow_not_found(source.pk)
             stored = self.repository.stored_entries_before(source.pk, index)
             changed = dict(ExecutionContext(changes or {}))
+            if changed:
+                context = ExecutionContext.from_stored(stored)
+                changed = template.clean_changes(context, changed)
             kept = {name: text for name, text in stored.items() if name not in changed}
             return self.create_flow_execution(
                 template,
@@ -288,6 +301,8 @@ class FlowService(BulkService):
                 first_task_index=index,
                 stored=kept,
                 rerun_of=source,
+                reason=f"Rerun of flow {source.pk} from task {template.tasks[index].name!r}"
+                f"{_changed_names(changed)}.",
             )
 
     # Changing a status by hand
@@ -428,7 +443,7 @@ class FlowService(BulkService):
                 current,
                 FlowStatus.RESCHEDULED,
                 actor=actor,
-                reason=f"Done by hand: {storable_text(reason)}",
+                reason=f"Done by hand: {storable_text(reason)}{_changed_names(added, 'added')}",
                 run_at=DatabaseNow(),
                 ready_rank=-current.priority,
                 deadline_at=None,

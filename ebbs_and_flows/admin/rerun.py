@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +14,13 @@ from django.db.models.functions import Left, Length
 from django.http import HttpRequest, HttpResponse, HttpResponseRedirect
 from django.template.response import TemplateResponse
 from django.utils.html import format_html
+from django.utils.text import Truncator
 from django.utils.translation import gettext as _
 from django.utils.translation import gettext_lazy
 from django.views.decorators.debug import sensitive_variables
 
 from ..entry_codec import stored_node
-from ..exceptions import EbbsAndFlowsError, UnreadableInput
+from ..exceptions import EbbsAndFlowsError, InvalidParameters, UnreadableInput
 from ..models import FlowExecution
 from ..operator_input import FindRow, is_unchanged, parse, read_like, value_like
 from ..runner import flow_runner
@@ -113,6 +114,15 @@ class RerunForm(forms.Form):
         self._clean_other(cleaned, changes)
         return {**cleaned, "changes": changes}
 
+    def add_problems(self, problems: dict[str, list[str]]) -> None:
+        """Put what the template's form says beside the entries that it is about."""
+        fields = {entry.name: f"value_{pk}" for pk, entry in self.entries.items()}
+        if other := self.cleaned_data.get("other_name"):
+            fields[other] = "other_value"
+        for name, texts in problems.items():
+            for text in texts:
+                self.add_error(fields.get(name), text if name in fields else f"{name}: {text}")
+
     def _clean_entry(
         self, entry: EditableEntry, cleaned: dict[str, Any], changes: dict[str, Any]
     ) -> None:
@@ -181,12 +191,14 @@ def rerun_page(
                 changes=form.cleaned_data["changes"],
                 actor=actor(request),
             )
+        except InvalidParameters as error:
+            form.add_problems(error.errors)
         except EbbsAndFlowsError as error:
             form.add_error(None, str(error))
         else:
-            return _made(
-                model_admin, request, flow, rerun, choices[chosen - flow.first_task_index]
-            )
+            task = choices[chosen - flow.first_task_index]
+            changes = form.cleaned_data["changes"]
+            return _made(model_admin, request, flow, rerun, task, changes)
     if entries:
         values_shown(request, flow.pk, "rerun form")
     context = page_context(
@@ -213,17 +225,18 @@ def _made(
     flow: FlowExecution,
     rerun: FlowExecution,
     task: str,
+    changes: Collection[str],
 ) -> HttpResponse:
     site = model_admin.admin_site
-    log(
-        request, flow, CHANGE, _("Rerun from %(task)s as #%(id)s") % {"task": task, "id": rerun.pk}
-    )
-    log(
-        request,
-        rerun,
-        ADDITION,
-        _("Rerun of #%(id)s from %(task)s") % {"task": task, "id": flow.pk},
-    )
+    changed = ""
+    if changes:
+        # The names, and never the values.
+        names = Truncator(", ".join(changes)).chars(500)
+        changed = "; " + _("changed: %(names)s") % {"names": names}
+    did = _("Rerun from %(task)s as #%(id)s") % {"task": task, "id": rerun.pk}
+    log(request, flow, CHANGE, did + changed)
+    did = _("Rerun of #%(id)s from %(task)s") % {"task": task, "id": flow.pk}
+    log(request, rerun, ADDITION, did + changed)
     messages.success(
         request,
         format_html(

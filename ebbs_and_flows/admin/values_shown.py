@@ -51,9 +51,7 @@ def shown_value(name: str, stored: str, size: int) -> ShownValue:
     try:
         node = json.loads(stored)
     except (ValueError, RecursionError):
-        return ShownValue(
-            type="", text=redact_text(stored), is_long=len(stored) > FOLDED_ABOVE
-        )
+        return ShownValue(type="", text=redact_text(stored), is_long=len(stored) > FOLDED_ABOVE)
     masked = redact_value(name, node)
     text = _readable(_plain(masked))
     return ShownValue(
