@@ -183,6 +183,9 @@ def rerun_page(
     )
     if not may_see_values:
         form.fields.clear()
+    if is_post and request.POST.get("task", "") not in {"", str(chosen)}:
+        # Another task than the one that was meant may charge twice.
+        form.add_error(None, _("Choose one of the tasks that the flow has reached."))
     if is_post and choices and form.is_valid():
         try:
             rerun = flow_runner.fork_flow_execution(
