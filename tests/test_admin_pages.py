@@ -105,7 +105,10 @@ def test_a_rerun_begins_at_the_chosen_task_with_the_mended_value(admin_client: C
     assert flow_runner.run_flow_execution(fork).status == FlowStatus.SUCCEEDED
     assert f">#{flow.pk}</a>" in page(admin_client, f"{LIST}{fork.pk}/change/")
     assert f">#{fork.pk}</a>" in page(admin_client, f"{LIST}{flow.pk}/change/")
-    assert logged() == [f"Rerun from charge as #{fork.pk}", f"Rerun of #{flow.pk} from charge"]
+    assert logged() == [
+        f"Rerun from charge as #{fork.pk}; changed: bad",
+        f"Rerun of #{flow.pk} from charge; changed: bad",
+    ]
 
 
 def test_a_rerun_offers_the_tasks_that_the_flow_reached(admin_client: Client) -> None:

@@ -88,7 +88,7 @@ def test_a_rerun_tells_who_changed_which_entries_and_never_to_what(
     assert made.execution_context["limit"] == 10
     assert made.execution_context["new"] == "s3cret"
     first = FlowTransition.objects.filter(flow_execution=made).earliest("pk")
-    assert first.actor == "admin"
+    assert first.actor == "user admin"
     assert first.reason.startswith(f"Rerun of flow {flow.pk} from task 'charge'; changed: ")
     for name in ("amount", "title", "new"):
         assert name in first.reason
