@@ -30,6 +30,9 @@ MAX_NAME_LENGTH = 200
 
 _random = random.SystemRandom()
 """Not the shared one: a task that seeds that would give every retry the same delay."""
+RIGHTS = ("schedule", "reschedule", "rerun", "cancel", "complete", "pause")
+"""What a template may ask a permission of its own for."""
+_PERMISSION = re.compile(r"[A-Za-z_]\w*\.[A-Za-z_]\w*")
 _MAX_DELAY: Final = 300
 """The longest wait for a retry by default, in seconds."""
 
@@ -250,6 +253,26 @@ def _as_form_data(parameters: type[BaseForm], given: Mapping[str, Any]) -> dict[
     return form_data
 
 
+def _checked_permissions(template_name: str, permissions: Any) -> dict[str, str]:
+    if not isinstance(permissions, Mapping):
+        raise InvalidFlowTemplate(
+            f"Template {template_name!r} has permissions = {permissions!r}: give a dict, such as"
+            f' {{"schedule": "shop.run_billing"}}.'
+        )
+    for right, permission in permissions.items():
+        if right not in RIGHTS:
+            raise InvalidFlowTemplate(
+                f"Template {template_name!r} has a permission for {right!r}: there are"
+                f" {', '.join(RIGHTS)}."
+            )
+        if not isinstance(permission, str) or not _PERMISSION.fullmatch(permission):
+            raise InvalidFlowTemplate(
+                f"Template {template_name!r} has the permission {permission!r} for {right!r}: give"
+                f' an app and a codename, such as "shop.run_billing".'
+            )
+    return dict(permissions)
+
+
 class FlowTemplate:
     """The blueprint of a flow: a name and an ordered list of tasks.
 
@@ -259,7 +282,8 @@ class FlowTemplate:
     cleaned data is the first context. At most `max_running` flows of it run at once, over all
     workers. A flow fails by itself `deadline` seconds after the moment that it is scheduled for.
     One that succeeded or was cancelled is deleted after `keep_days`; by default after the setting
-    `KEEP_DAYS`, 0 being never.
+    `KEEP_DAYS`, 0 being never. `permissions` names, for what operators do in the admin, the
+    permission that they need for this template, beside the app's own: `{"cancel": "shop.refund"}`.
     """
 
     def __init__(
@@ -274,6 +298,7 @@ class FlowTemplate:
         max_running: int | None = None,
         deadline: float | None = None,
         keep_days: float | None = None,
+        permissions: Mapping[str, str] | None = None,
     ) -> None:
         self.name = _checked_name("flow template", name)
         if parameters is not None and not (
@@ -300,6 +325,7 @@ class FlowTemplate:
             raise InvalidFlowTemplate(
                 f"Template {name!r} has keep_days = {keep_days!r}: give days, 0 for ever, or None."
             )
+        self.permissions = _checked_permissions(name, permissions or {})
         if not isinstance(tasks, Iterable):
             raise InvalidFlowTemplate(
                 f"Template {name!r} has tasks = {tasks!r}: give a list of Task instances."

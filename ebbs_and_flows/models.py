@@ -155,6 +155,7 @@ class FlowExecution(models.Model):
             ("reschedule_flowexecution", _("Can reschedule a failed flow")),
             ("rerun_flowexecution", _("Can rerun a flow")),
             ("cancel_flowexecution", _("Can cancel a flow")),
+            ("complete_flowexecution", _("Can record a failed task as done by hand")),
         ]
         constraints: ClassVar = [
             # The key first, to be searched for by itself.

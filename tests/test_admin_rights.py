@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import pytest
 from django.contrib.admin.models import LogEntry
 from django.contrib.auth.models import User
+from django.db import transaction
 from django.test import Client
 
+from ebbs_and_flows.flows import RIGHTS
 from ebbs_and_flows.models import (
     ExecutionContextEntry,
     FlowExecution,
@@ -139,7 +143,7 @@ def test_every_post_needs_a_token(admin_user: User) -> None:
     ("address", "codename", "button"),
     [
         (LIST + "{pk}/rerun_from/", "rerun_flowexecution", "Rerun from…"),
-        (LIST + "{pk}/by_hand/", "reschedule_flowexecution", "Done by hand…"),
+        (LIST + "{pk}/by_hand/", "complete_flowexecution", "Done by hand…"),
         (TEMPLATES + "billing/schedule/", "schedule_flow", "Schedule a run…"),
         (TEMPLATES + "billing/pause/", "pause_flowtemplate", "Pause"),
     ],
@@ -187,3 +191,71 @@ def test_no_record_is_added_or_edited_by_hand(admin_client: Client) -> None:
         if address.endswith("/add/"):
             assert admin_client.get(address).status_code == 403
             assert admin_client.post(address, {}).status_code == 403
+
+
+# The matrix: each address, by GET and POST, for a user who may look and has one more permission
+
+NEEDED = {
+    f"{LIST}{{pk}}/reschedule/": "reschedule_flowexecution",
+    f"{LIST}{{pk}}/rerun_now/": "rerun_flowexecution",
+    f"{LIST}{{pk}}/rerun_from_start/": "rerun_flowexecution",
+    f"{LIST}{{pk}}/rerun_from/": "rerun_flowexecution",
+    f"{LIST}{{pk}}/by_hand/": "complete_flowexecution",
+    f"{LIST}{{pk}}/cancel/": "cancel_flowexecution",
+    f"{LIST}{{pk}}/delete/": "delete_flowexecution",
+    f"{TEMPLATES}billing/schedule/": "schedule_flow",
+    f"{TEMPLATES}billing/pause/": "pause_flowtemplate",
+    f"{TEMPLATES}billing/resume/": "pause_flowtemplate",
+}
+PERMISSIONS = sorted({*NEEDED.values(), "view_taskexecution", "view_executioncontextentry"})
+
+
+def changes(client: Client, method: str, address: str) -> tuple[int, bool]:
+    """Return the answer's status, and whether any row was another after it; undo all of it."""
+    before = rows()
+    with transaction.atomic():
+        status = client.generic(
+            method, address, urlencode(ATTEMPT), "application/x-www-form-urlencoded"
+        ).status_code
+        is_changed = rows() != before
+        transaction.set_rollback(True)
+    return status, is_changed
+
+
+@pytest.mark.parametrize("permission", PERMISSIONS)
+def test_the_matrix_of_rights(permission: str) -> None:
+    flow = failed()
+    needed = {address.format(pk=flow.pk): codename for address, codename in NEEDED.items()}
+    client = user_with("view_flowexecution", permission)
+    walked = addresses(flow)
+    assert needed.keys() <= set(walked)
+    for address in walked:
+        status, is_changed = changes(client, "GET", address)
+        assert not is_changed, ("GET", address)
+        if address in needed:
+            opens = needed[address] == permission
+            assert status in ({200, 405} if opens else {403, 405}), ("GET", address, status)
+        status, is_changed = changes(client, "POST", address)
+        if needed.get(address) == permission:
+            assert (status, is_changed) == (302, True), ("POST", address)
+        else:
+            assert not is_changed, ("POST", address)
+            assert status in ({403} if address in needed else {200, 302, 403, 405}), address
+
+
+def test_no_other_method_changes_anything(admin_client: Client) -> None:
+    flow = failed()
+    for address in addresses(flow):
+        for method in ("HEAD", "OPTIONS", "PUT", "PATCH", "DELETE"):
+            status, is_changed = changes(admin_client, method, address)
+            assert not is_changed, (method, address)
+            assert status < 500, (method, address)
+
+
+def test_the_table_of_rights_is_the_documented_one() -> None:
+    text = (Path(__file__).parent.parent / "SECURITY.md").read_text()
+    table = text.partition("## Who can do what in the admin")[2].partition("\n## ")[0]
+    for codename in {*PERMISSIONS, "view_flowexecution", "view_flowtemplatestate"}:
+        assert f"`{codename}`" in table, codename
+    for right in RIGHTS:
+        assert f"| `{right}` |" in table, right

@@ -19,12 +19,16 @@ from ..runner import flow_runner
 from ..status import ALLOWED_TRANSITIONS, FINISHED, FlowStatus
 from ..validation import MAX_PRIORITY
 from .confirm import ask_first
-from .pages import actor, log_all, may
+from .pages import actor, log_all
+from .rights import may, may_by_template
 
 _BATCH = 500
 _SHOWN_ERRORS = 5
 _GONE = ngettext_lazy(
     "%d skipped: its values were deleted.", "%d skipped: their values were deleted."
+)
+_DENIED = ngettext_lazy(
+    "%d skipped: you have no permission for it.", "%d skipped: you have no permission for them."
 )
 
 
@@ -55,11 +59,15 @@ def _fork_each(flows: list[FlowExecution], by: str) -> Acted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FlowAction:
-    """One verb: whom it is permitted, for which statuses, what it does and what it says."""
+    """One verb: whom it is permitted, for which statuses, what it does and what it says.
+
+    `right` is the name that a template's `permissions` have for it.
+    """
 
     name: str
     label: Any
     permission: str
+    right: str
     statuses: frozenset[FlowStatus]
     # Takes flows in a legal status and who acts; returns those that were changed, and what went
     # wrong with others.
@@ -75,9 +83,17 @@ class FlowAction:
         has_what_it_needs = flow.values_deleted_at is None or not self.needs_values
         return flow.status in self.statuses and has_what_it_needs
 
-    def is_permitted(self, request: HttpRequest) -> bool:
-        """Whether the user has the verb's permission."""
-        return may(request, self.permission)
+    def is_permitted(
+        self, model_admin: Any, request: HttpRequest, flow: FlowExecution | None = None
+    ) -> bool:
+        """Whether the model admin permits the verb to the user, for this flow or in general."""
+        return bool(getattr(model_admin, f"has_{self.name}_permission")(request, flow))
+
+    def is_granted(self, request: HttpRequest, flow: FlowExecution | None) -> bool:
+        """Whether the user has the verb's permission, and the one that the template asks for."""
+        return may(request, self.permission, flow) and (
+            flow is None or may_by_template(request, self.right, flow.template_name, flow)
+        )
 
 
 FLOW_ACTIONS = (
@@ -85,6 +101,7 @@ FLOW_ACTIONS = (
         name="reschedule",
         label=_("Reschedule"),
         permission="reschedule_flowexecution",
+        right="reschedule",
         statuses=frozenset({FlowStatus.FAILED}),
         act=_all_at_once(flow_runner.reschedule_flow_executions),
         done=ngettext_lazy("%d flow rescheduled.", "%d flows rescheduled."),
@@ -96,6 +113,7 @@ FLOW_ACTIONS = (
         name="rerun_now",
         label=_("Rerun now"),
         permission="rerun_flowexecution",
+        right="reschedule",
         statuses=frozenset({FlowStatus.FAILED}),
         act=_all_at_once(flow_runner.reschedule_flow_executions, priority=MAX_PRIORITY),
         done=ngettext_lazy("%d flow will run next.", "%d flows will run next."),
@@ -107,6 +125,7 @@ FLOW_ACTIONS = (
         name="rerun_from_start",
         label=_("Rerun from the start"),
         permission="rerun_flowexecution",
+        right="rerun",
         statuses=frozenset(FINISHED),
         act=_fork_each,
         done=ngettext_lazy(
@@ -120,6 +139,7 @@ FLOW_ACTIONS = (
         name="cancel",
         label=_("Cancel"),
         permission="cancel_flowexecution",
+        right="cancel",
         statuses=frozenset(
             status for status, to in ALLOWED_TRANSITIONS.items() if FlowStatus.CANCELLED in to
         ),
@@ -137,16 +157,21 @@ FLOW_ACTIONS = (
 )
 
 
-def apply(action: FlowAction, request: HttpRequest, flows: QuerySet[FlowExecution]) -> None:
+def apply(
+    action: FlowAction, model_admin: Any, request: HttpRequest, flows: QuerySet[FlowExecution]
+) -> None:
     """Do it to each flow where that is legal; say what came out.
 
     The flows are read and changed in batches, so that memory does not grow with their number.
     """
     by = actor(request)
-    done = left = gone = more = 0
+    done = left = gone = denied = more = 0
     errors: set[str] = set()
     for batch in in_batches(flows):
-        legal = [flow for flow in batch if action.is_legal(flow)]
+        possible = [flow for flow in batch if action.is_legal(flow)]
+        legal = [flow for flow in possible if action.is_permitted(model_admin, request, flow)]
+        denied += len(possible) - len(legal)
+        left -= len(possible) - len(legal)
         without = sum(flow.values_deleted_at is not None for flow in batch)
         gone += without if action.needs_values else 0
         changed, problems = action.act(legal, by) if legal else ([], [])
@@ -168,6 +193,8 @@ def apply(action: FlowAction, request: HttpRequest, flows: QuerySet[FlowExecutio
         messages.warning(request, action.left % left)
     if gone:
         messages.warning(request, _GONE % gone)
+    if denied:
+        messages.warning(request, _DENIED % denied)
     for text in sorted(errors):
         messages.error(request, text)
     if more:
@@ -193,7 +220,7 @@ def list_action(action: FlowAction) -> Any:
     ) -> HttpResponse | None:
         flows, question = ask_first(model_admin, request, action, flows)
         if question is None:
-            apply(action, request, flows)
+            apply(action, model_admin, request, flows)
         return question
 
     on_selected.__name__ = action.name

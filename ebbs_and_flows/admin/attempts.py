@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from django.db.models import BooleanField, Case, When
+from django.db.models import BooleanField, Case, QuerySet, When
 from django.utils import timezone
 from django.utils.safestring import SafeString
 from django.utils.translation import gettext as _
@@ -88,14 +88,13 @@ class TaskRow:
         return took(self.attempts[-1]) if self.attempts else ""
 
 
-def flow_attempts(flow: FlowExecution) -> Sequence[TaskExecution]:
-    """Return a flow's newest attempts in their order, without their long texts.
+def flow_attempts(attempts: QuerySet[TaskExecution]) -> Sequence[TaskExecution]:
+    """Return the newest of a flow's attempts in their order, without their long texts.
 
     Each has `has_text`: whether it has an output or a log.
     """
     found = (
-        flow_service.repository.attempts.filter(flow_execution=flow.pk)
-        .annotate(
+        attempts.annotate(
             has_text=Case(
                 When(output="", log="", then=False), default=True, output_field=BooleanField()
             ),
@@ -112,8 +111,10 @@ def running_attempt(attempts: Sequence[TaskExecution]) -> int | None:
     return next(running, None)
 
 
-def task_rows(flow: FlowExecution, attempts: Sequence[TaskExecution]) -> list[TaskRow]:
-    """Return a row for each task, with the attempts that have something to read."""
+def task_rows(
+    flow: FlowExecution, attempts: Sequence[TaskExecution], *, with_texts: bool
+) -> list[TaskRow]:
+    """Return a row for each task; `with_texts`, with the attempts that have something to read."""
     template = flow_runner.templates.get(flow.template_name)
     described = {task.name: task.description for task in template.tasks} if template else {}
     rows = []
@@ -129,6 +130,8 @@ def task_rows(flow: FlowExecution, attempts: Sequence[TaskExecution]) -> list[Ta
         row = rows[attempt.task_index]
         row.attempts.append(attempt)
         row.status = pill(attempt.status)
+    if not with_texts:
+        return rows
     texts = _texts(attempts)
     for row in rows:
         row.shown = [

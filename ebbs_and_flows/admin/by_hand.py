@@ -20,6 +20,8 @@ from .access import values_shown
 from .forms import ByHandForm
 from .pages import actor, flow_url, log, page_context
 from .pieces import pill, progress
+from .rights import may_see_outputs
+from .rows import visible_rows
 
 TEMPLATE = "admin/ebbs_and_flows/flowexecution/by_hand.html"
 
@@ -35,6 +37,8 @@ def by_hand_page(
         return HttpResponseRedirect(page)
     task = (*flow.task_names, "?")[min(flow.current_task_index, len(flow.task_names))]
     form = ByHandForm(request.POST if request.method == "POST" else None)
+    entries: Any = form.fields["entries"]
+    entries.find_row = visible_rows(model_admin.admin_site, request)
     if form.is_valid():
         reason = form.cleaned_data["reason"]
         try:
@@ -50,9 +54,11 @@ def by_hand_page(
                 request, _("Task %(task)s is done, and the flow goes on.") % {"task": task}
             )
             return HttpResponseRedirect(page)
-    failure = flow_service.get_failures([flow]).get(flow.pk)
-    # A task's error may quote what it worked on.
-    values_shown(request, flow.pk, "done by hand")
+    sees_outputs = may_see_outputs(model_admin.admin_site, request)
+    failure = flow_service.get_failures([flow]).get(flow.pk) if sees_outputs else None
+    if failure is not None:
+        # A task's error may quote what it worked on.
+        values_shown(request, flow.pk, "done by hand")
     context = page_context(
         model_admin,
         request,

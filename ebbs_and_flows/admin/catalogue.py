@@ -11,6 +11,8 @@ from urllib.parse import urlencode
 
 from django.contrib import admin
 from django.contrib.admin.utils import quote
+from django.db.models import QuerySet
+from django.http import HttpRequest
 from django.urls import NoReverseMatch
 from django.utils.html import format_html, format_html_join
 from django.utils.safestring import SafeString
@@ -27,7 +29,8 @@ from ..service import flow_service
 from ..status import WAITING, FlowStatus
 from .pages import admin_url
 from .pieces import moment
-from .queries import bounded_counts, flows, rows_of_each, template_names
+from .queries import bounded_counts, rows_of_each, template_names
+from .rights import visible_flows
 from .rules import ShownTask, shown_task, template_rules
 
 LAST_RUNS = 30
@@ -74,28 +77,39 @@ class CatalogueEntry:
     last_run: Any
     rules: list[str]
     paused: FlowTemplateState | None
+    may_schedule: bool
 
 
-def catalogue(site: admin.AdminSite) -> tuple[list[CatalogueEntry], list[tuple[str, str]]]:
+def catalogue(
+    model_admin: Any, request: HttpRequest
+) -> tuple[list[CatalogueEntry], list[tuple[str, str]]]:
     """Return the registered templates, and the name and list address of what only ran once."""
     templates = [flow_runner.templates[name] for name in sorted(flow_runner.templates)]
-    unknown = [name for name in template_names() if name not in flow_runner.templates]
-    return entries(site, templates), [(name, _list_url(site, name)) for name in unknown]
+    site = model_admin.admin_site
+    known = template_names(visible_flows(site, request))
+    unknown = [name for name in known if name not in flow_runner.templates]
+    return entries(model_admin, request, templates), [
+        (name, _list_url(site, name)) for name in unknown
+    ]
 
 
-def entries(site: admin.AdminSite, templates: Sequence[FlowTemplate]) -> list[CatalogueEntry]:
+def entries(
+    model_admin: Any, request: HttpRequest, templates: Sequence[FlowTemplate]
+) -> list[CatalogueEntry]:
     """Return what is known of the templates, in three queries for all."""
+    site = model_admin.admin_site
+    visible = visible_flows(site, request)
     paused = flow_service.paused_templates()
     counts = bounded_counts(
         [
-            flows().filter(template_name=template.name, status__in=statuses)
+            visible.filter(template_name=template.name, status__in=statuses)
             for template in templates
             for statuses in (WAITING, [FlowStatus.RUNNING], [FlowStatus.FAILED])
         ],
         MAX_COUNTED,
     )
     runs: dict[str, list[FlowExecution]] = {}
-    for run in _last_runs(templates):
+    for run in _last_runs(templates, visible):
         runs.setdefault(run.template_name, []).append(run)
     return [
         _entry(
@@ -104,15 +118,18 @@ def entries(site: admin.AdminSite, templates: Sequence[FlowTemplate]) -> list[Ca
             counts[3 * number : 3 * number + 3],
             sorted(runs.get(template.name, []), key=lambda run: run.pk)[-LAST_RUNS:],
             paused.get(template.name),
+            may_schedule=model_admin.has_schedule_permission(request, template),
         )
         for number, template in enumerate(templates)
     ]
 
 
-def _last_runs(templates: Sequence[FlowTemplate]) -> list[FlowExecution]:
+def _last_runs(
+    templates: Sequence[FlowTemplate], visible: QuerySet[FlowExecution]
+) -> list[FlowExecution]:
     return rows_of_each(
         [
-            flows().filter(template_name=template.name, status=status).order_by("-pk")[:LAST_RUNS]
+            visible.filter(template_name=template.name, status=status).order_by("-pk")[:LAST_RUNS]
             for template in templates
             for status in (FlowStatus.SUCCEEDED, FlowStatus.FAILED)
         ],
@@ -126,6 +143,8 @@ def _entry(
     counts: Sequence[int],
     runs: Sequence[FlowExecution],
     paused: FlowTemplateState | None,
+    *,
+    may_schedule: bool,
 ) -> CatalogueEntry:
     succeeded = [run for run in runs if run.status == FlowStatus.SUCCEEDED]
     times = sorted(run.duration for run in succeeded if run.duration is not None)
@@ -158,6 +177,7 @@ def _entry(
         last_run=moment(max((r.finished_at for r in runs if r.finished_at), default=None)),
         rules=template_rules(template),
         paused=paused,
+        may_schedule=may_schedule,
     )
 
 

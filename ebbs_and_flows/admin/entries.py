@@ -44,9 +44,10 @@ def flow_entries(flow: FlowExecution) -> QuerySet[ExecutionContextEntry]:
     return entries.filter(flow_execution=flow.pk).order_by("pk")
 
 
-def entry_groups(flow: FlowExecution) -> tuple[list[EntryGroup], int]:
-    """Return the first entries, grouped, and how many more there are."""
-    found = flow_entries(flow)
+def entry_groups(
+    found: QuerySet[ExecutionContextEntry],
+) -> tuple[list[EntryGroup], int]:
+    """Return the first of a flow's entries, grouped, and how many more there are."""
     rows = list(
         found.annotate(shown=Left("value", MAX_SHOWN), size=Length("value")).values_list(
             "pk",

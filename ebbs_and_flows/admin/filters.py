@@ -13,6 +13,7 @@ from django.utils.translation import gettext_lazy as _
 from .. import clock
 from ..status import WAITING, FlowStatus
 from .queries import first_id_since, template_names
+from .rights import visible_flows
 
 
 class StatusFilter(admin.SimpleListFilter):
@@ -45,7 +46,8 @@ class TemplateFilter(admin.SimpleListFilter):
         self, request: HttpRequest, model_admin: admin.ModelAdmin[Any]
     ) -> list[tuple[str, str]]:
         """Return the names."""
-        return [(name, name) for name in template_names()]
+        visible = visible_flows(model_admin.admin_site, request)
+        return [(name, name) for name in template_names(visible)]
 
     def queryset(self, request: HttpRequest, queryset: QuerySet[Any]) -> QuerySet[Any]:
         """Narrow the list to the chosen name."""

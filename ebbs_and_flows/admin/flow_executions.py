@@ -28,15 +28,14 @@ from .pages import (
     admin_url,
     flow_or_refusal,
     flow_url,
-    may,
     refuse_other_methods,
-    require,
     values_deleted,
 )
 from .paginator import MAX_COUNT, BoundedPaginator
 from .queries import flows
 from .records import ListedLookups
 from .rerun import rerun_page
+from .rights import may, may_by_template, may_see_outputs, visible_flows
 
 MAX_NAMED = 100
 FlowPage = Callable[["FlowExecutionAdmin", HttpRequest, FlowExecution], HttpResponse]
@@ -84,21 +83,43 @@ class FlowExecutionAdmin(FlowColumns, ListedLookups):
     def has_delete_permission(self, request: HttpRequest, obj: Any = None) -> bool:
         return super().has_delete_permission(request, obj) and (obj is None or obj.is_finished)
 
-    def has_reschedule_permission(self, request: HttpRequest) -> bool:
-        return self._is_permitted("reschedule", request)
+    # As Django has them: without a flow, whether the user may do it at all.
 
-    def has_rerun_now_permission(self, request: HttpRequest) -> bool:
-        return self._is_permitted("rerun_now", request)
+    def has_reschedule_permission(
+        self, request: HttpRequest, obj: FlowExecution | None = None
+    ) -> bool:
+        return self._is_granted("reschedule", request, obj)
 
-    def has_rerun_from_start_permission(self, request: HttpRequest) -> bool:
-        return self._is_permitted("rerun_from_start", request)
+    def has_rerun_now_permission(
+        self, request: HttpRequest, obj: FlowExecution | None = None
+    ) -> bool:
+        return self._is_granted("rerun_now", request, obj)
 
-    def has_cancel_permission(self, request: HttpRequest) -> bool:
-        return self._is_permitted("cancel", request)
+    def has_rerun_from_start_permission(
+        self, request: HttpRequest, obj: FlowExecution | None = None
+    ) -> bool:
+        return self._is_granted("rerun_from_start", request, obj)
+
+    def has_cancel_permission(
+        self, request: HttpRequest, obj: FlowExecution | None = None
+    ) -> bool:
+        return self._is_granted("cancel", request, obj)
+
+    def has_rerun_from_permission(
+        self, request: HttpRequest, obj: FlowExecution | None = None
+    ) -> bool:
+        return self.has_rerun_from_start_permission(request, obj)
+
+    def has_by_hand_permission(
+        self, request: HttpRequest, obj: FlowExecution | None = None
+    ) -> bool:
+        return may(request, "complete_flowexecution", obj) and (
+            obj is None or may_by_template(request, "complete", obj.template_name, obj)
+        )
 
     @staticmethod
-    def _is_permitted(name: str, request: HttpRequest) -> bool:
-        return any(item.is_permitted(request) for item in FLOW_ACTIONS if item.name == name)
+    def _is_granted(name: str, request: HttpRequest, flow: FlowExecution | None) -> bool:
+        return all(item.is_granted(request, flow) for item in FLOW_ACTIONS if item.name == name)
 
     # The list
 
@@ -113,7 +134,7 @@ class FlowExecutionAdmin(FlowColumns, ListedLookups):
         """Look up what the rows of this page need, in two queries for all."""
         changes = super().get_changelist_instance(request)
         rows = list(changes.result_list)
-        add_attempts(rows)
+        add_attempts(rows, with_errors=may_see_outputs(self.admin_site, request))
         changes.result_list = rows
         return changes
 
@@ -123,7 +144,7 @@ class FlowExecutionAdmin(FlowColumns, ListedLookups):
         """Show the list; refuse a hand-made POST of an action that the user may not take."""
         chosen = request.POST.getlist("action")
         for action in FLOW_ACTIONS:
-            if action.name in chosen and not action.is_permitted(request):
+            if action.name in chosen and not action.is_permitted(self, request):
                 raise PermissionDenied
         response = super().changelist_view(request, extra_context)
         if isinstance(response, TemplateResponse) and "cl" in (response.context_data or {}):
@@ -141,9 +162,9 @@ class FlowExecutionAdmin(FlowColumns, ListedLookups):
         refusal = refuse_other_methods(request, "GET")
         if refusal is not None:
             return refusal
-        require(request, "view_flowexecution")
-        rows = rows_asked_for(request)
-        add_attempts(rows)
+        self._require_view(request)
+        rows = rows_asked_for(request, visible_flows(self.admin_site, request))
+        add_attempts(rows, with_errors=may_see_outputs(self.admin_site, request))
         context = {
             **self._around_list(request, live_query(rows)),
             "opts": self.opts,
@@ -154,7 +175,7 @@ class FlowExecutionAdmin(FlowColumns, ListedLookups):
     def _around_list(self, request: HttpRequest, query: str) -> dict[str, Any]:
         name = "ebbs_and_flows_flowexecution_live"
         return {
-            "overview": overview(),
+            "overview": overview(visible_flows(self.admin_site, request)),
             "refresh_url": f"{admin_url(self.admin_site, name)}?{query}",
             "may_schedule": may(request, "schedule_flow"),
         }
@@ -163,13 +184,10 @@ class FlowExecutionAdmin(FlowColumns, ListedLookups):
 
     def get_urls(self) -> list[URLPattern]:
         """Add a URL for each verb and each page of the app's own."""
-        pages: dict[str, tuple[FlowPage, str]] = {
-            "rerun_from": (rerun_page, "rerun_flowexecution"),
-            "by_hand": (by_hand_page, "reschedule_flowexecution"),
-        }
+        pages: dict[str, FlowPage] = {"rerun_from": rerun_page, "by_hand": by_hand_page}
         views = {
             **{action.name: self._act_view(action) for action in FLOW_ACTIONS},
-            **{name: self._page_view(*page) for name, page in pages.items()},
+            **{name: self._page_view(name, page) for name, page in pages.items()},
         }
         prefix = "ebbs_and_flows_flowexecution"
         wrap = self.admin_site.admin_view
@@ -182,30 +200,39 @@ class FlowExecutionAdmin(FlowColumns, ListedLookups):
             *super().get_urls(),
         ]
 
+    def _require_view(self, request: HttpRequest) -> None:
+        if not self.has_view_permission(request):
+            raise PermissionDenied
+
     def _act_view(self, action: FlowAction) -> Callable[..., HttpResponse]:
         def view(request: HttpRequest, object_id: str) -> HttpResponse:
             refusal = refuse_other_methods(request, "POST")
             if refusal is not None:
                 return refusal
-            require(request, "view_flowexecution", action.permission)
+            self._require_view(request)
             flow = flow_or_refusal(self, request, object_id)
             if isinstance(flow, HttpResponse):
                 return flow
-            apply(action, request, flows().filter(pk=flow.pk))
+            if not action.is_permitted(self, request, flow):
+                raise PermissionDenied
+            chosen = visible_flows(self.admin_site, request).filter(pk=flow.pk)
+            apply(action, self, request, chosen)
             return HttpResponseRedirect(flow_url(self.admin_site, flow.pk))
 
         return view
 
-    def _page_view(self, page: FlowPage, permission: str) -> Callable[..., HttpResponse]:
+    def _page_view(self, name: str, page: FlowPage) -> Callable[..., HttpResponse]:
         @sensitive_post_parameters()
         def view(request: HttpRequest, object_id: str) -> HttpResponse:
             refusal = refuse_other_methods(request, "GET", "POST")
             if refusal is not None:
                 return refusal
-            require(request, "view_flowexecution", permission)
+            self._require_view(request)
             flow = flow_or_refusal(self, request, object_id)
             if isinstance(flow, HttpResponse):
                 return flow
+            if not getattr(self, f"has_{name}_permission")(request, flow):
+                raise PermissionDenied
             if flow.values_deleted_at is not None:
                 messages.warning(request, values_deleted(flow))
                 return HttpResponseRedirect(flow_url(self.admin_site, flow.pk))
@@ -223,7 +250,7 @@ class FlowExecutionAdmin(FlowColumns, ListedLookups):
         """Show one flow."""
         if request.method != "GET":
             return HttpResponseNotAllowed(["GET"])
-        require(request, "view_flowexecution")
+        self._require_view(request)
         flow = flow_or_refusal(self, request, object_id)
         if isinstance(flow, HttpResponse):
             return flow
@@ -248,7 +275,7 @@ class FlowExecutionAdmin(FlowColumns, ListedLookups):
         if count > MAX_NAMED:
             more = count - MAX_NAMED
             names.append(ngettext("and %d more flow", "and %d more flows", more) % more)
-        may_delete = super().has_delete_permission(request)
+        may_delete = self.has_delete_permission(request)
         needed = set() if may_delete else {str(self.opts.verbose_name)}
         return names, {str(self.opts.verbose_name_plural): count}, needed, running
 

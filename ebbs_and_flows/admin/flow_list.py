@@ -49,8 +49,11 @@ def search(queryset: QuerySet[Any], term: str) -> QuerySet[Any]:
     return queryset.filter(wanted)
 
 
-def add_attempts(rows: Sequence[FlowExecution]) -> None:
-    """Give each flow `attempt_count` and `latest`, the last attempt at its task: two queries."""
+def add_attempts(rows: Sequence[FlowExecution], *, with_errors: bool) -> None:
+    """Give each flow `attempt_count` and `latest`, the last attempt at its task: two queries.
+
+    Without `with_errors` the list shows of an error its type only.
+    """
     attempts = flow_service.repository.attempts
     of_flow = attempts.filter(flow_execution=OuterRef("pk")).order_by()
     counted = of_flow.values("flow_execution").annotate(n=Count("pk")).values("n")
@@ -72,6 +75,7 @@ def add_attempts(rows: Sequence[FlowExecution]) -> None:
     for flow in rows:
         pk, flow.attempt_count = found.get(flow.pk, (None, 0))
         flow.latest = latest.get(pk)
+        flow.shows_error = with_errors
 
 
 def live_query(rows: Sequence[FlowExecution]) -> str:
@@ -109,7 +113,8 @@ class FlowColumns(_ModelAdmin):
         shown: SafeString | str = ""
         stopped = flow.status in {FlowStatus.FAILED, FlowStatus.RESCHEDULED}
         if stopped and self._is_latest(flow, TaskStatus.FAILED):
-            line = flow.latest.headline
+            error = flow.latest
+            line = error.headline if flow.shows_error else error.error_type.rpartition(".")[2]
             line = line if len(line) <= HEADLINE else line[: HEADLINE - 1] + "…"
             name = flow.latest.task_name
             shown = format_html("<b><bdi>{}</bdi></b>: <bdi>{}</bdi>", name, line)
@@ -141,7 +146,7 @@ class FlowColumns(_ModelAdmin):
         return latest is not None and latest.status == status
 
 
-def rows_asked_for(request: HttpRequest) -> list[FlowExecution]:
+def rows_asked_for(request: HttpRequest, visible: QuerySet[FlowExecution]) -> list[FlowExecution]:
     """Return the flows whose ids the query has."""
     ids = [int(text) for text in request.GET.getlist("id")[:MAX_LIVE] if is_id(text)]
-    return list(flows().filter(pk__in=ids))
+    return list(visible.filter(pk__in=ids))

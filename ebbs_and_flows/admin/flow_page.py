@@ -21,8 +21,15 @@ from .access import refresh_url, values_shown
 from .actions import FLOW_ACTIONS
 from .attempts import MAX_ATTEMPTS, flow_attempts, running_attempt, task_rows
 from .entries import entry_groups
-from .pages import SEE_VALUES, may, page_context, values_deleted
+from .pages import page_context, values_deleted
 from .pieces import moment, pill, progress, reported_progress, trace_link
+from .rights import (
+    attempts_of,
+    entries_of,
+    may_see_outputs,
+    may_see_values,
+    visible_flows,
+)
 from .timeline import timeline_rows
 
 MAX_TRANSITIONS = 200
@@ -39,7 +46,8 @@ def flow_page(
     **extra: Any,
 ) -> HttpResponse:
     """Show one flow."""
-    attempts = flow_attempts(flow)
+    site = model_admin.admin_site
+    attempts = flow_attempts(attempts_of(site, request, flow))
     now = clock.now()
     waits = flow.status == FlowStatus.RESCHEDULED
     axis, timeline = timeline_rows(
@@ -48,12 +56,18 @@ def flow_page(
         now=now,
         waits_at=flow.current_task_index if waits else None,
     )
-    may_see_values = may(request, SEE_VALUES)
-    groups, more_entries = entry_groups(flow) if may_see_values else ([], 0)
+    sees_values, sees_outputs = may_see_values(site, request), may_see_outputs(site, request)
+    groups, more_entries = (
+        entry_groups(entries_of(site, request, flow)) if sees_values else ([], 0)
+    )
     if groups:
         values_shown(request, flow.pk, "flow page")
+    permits: Any = model_admin
+    visible = visible_flows(site, request)
     actions = [
-        action for action in FLOW_ACTIONS if action.is_permitted(request) and action.is_legal(flow)
+        action
+        for action in FLOW_ACTIONS
+        if action.is_legal(flow) and action.is_permitted(model_admin, request, flow)
     ]
     context = page_context(
         model_admin,
@@ -67,22 +81,25 @@ def flow_page(
         warnings=_warnings(flow),
         actions=[action for action in actions if not action.is_destructive],
         destructive_actions=[action for action in actions if action.is_destructive],
-        may_rerun_from=may(request, "rerun_flowexecution") and flow.values_deleted_at is None,
+        may_rerun_from=(
+            flow.values_deleted_at is None and permits.has_rerun_from_permission(request, flow)
+        ),
         may_finish_by_hand=(
             flow.status == FlowStatus.FAILED
             and flow.values_deleted_at is None
-            and may(request, "reschedule_flowexecution")
+            and permits.has_by_hand_permission(request, flow)
         ),
         may_delete=may_delete,
         axis=axis,
         timeline=timeline,
-        tasks=task_rows(flow, attempts),
-        has_more_attempts=len(attempts) == MAX_ATTEMPTS,
-        may_see_values=may_see_values,
+        tasks=task_rows(flow, attempts, with_texts=sees_outputs),
+        has_more_attempts=sees_outputs and len(attempts) == MAX_ATTEMPTS,
+        may_see_values=sees_values,
         entry_groups=groups,
         more_entries=more_entries,
         transitions=_transitions(flow),
-        reruns=list(flow.reruns.order_by("-pk")[:MAX_RERUNS]),
+        reruns=list(visible.filter(rerun_of=flow.pk).order_by("-pk")[:MAX_RERUNS]),
+        rerun_of=visible.filter(pk=flow.rerun_of_id).first() if flow.rerun_of_id else None,
         refresh_url="" if flow.is_finished else refresh_url(request, flow),
         **extra,
     )

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from django.contrib import admin, messages
 from django.contrib.admin.models import CHANGE
 from django.contrib.admin.utils import quote, unquote
+from django.core.exceptions import PermissionDenied
 from django.http import HttpRequest, HttpResponse, HttpResponseRedirect
 from django.template.response import TemplateResponse
 from django.urls import URLPattern, path
@@ -20,17 +21,9 @@ from ..models import FlowTemplateState
 from ..runner import flow_runner
 from ..service import flow_service
 from .catalogue import LAST_RUNS, catalogue, entries, recurring
-from .pages import (
-    actor,
-    admin_url,
-    is_id,
-    log,
-    may,
-    page_context,
-    refuse_other_methods,
-    require,
-)
+from .pages import actor, admin_url, is_id, log, page_context, refuse_other_methods
 from .records import ReadOnlyAdmin
+from .rights import may, may_by_template
 from .schedule import schedule_page
 
 NAME = "ebbs_and_flows_flowtemplatestate"
@@ -47,6 +40,24 @@ class FlowTemplateAdmin(ReadOnlyAdmin):
     def has_view_permission(self, request: HttpRequest, obj: Any = None) -> bool:
         """Whoever may see flows may see what they are made from."""
         return may(request, "view_flowexecution") or super().has_view_permission(request, obj)
+
+    def has_schedule_permission(
+        self, request: HttpRequest, template: FlowTemplate | None = None
+    ) -> bool:
+        return self._is_granted(request, "schedule", "schedule_flow", template)
+
+    def has_pause_permission(
+        self, request: HttpRequest, template: FlowTemplate | None = None
+    ) -> bool:
+        return self._is_granted(request, "pause", "pause_flowtemplate", template)
+
+    @staticmethod
+    def _is_granted(
+        request: HttpRequest, right: str, codename: str, template: FlowTemplate | None
+    ) -> bool:
+        return may(request, codename) and (
+            template is None or may_by_template(request, right, template.name)
+        )
 
     def get_urls(self) -> list[URLPattern]:
         """Add a URL for each page and verb; a template is named by its quoted name."""
@@ -72,7 +83,7 @@ class FlowTemplateAdmin(ReadOnlyAdmin):
         if refusal is not None:
             return refusal
         self._require_view(request)
-        registered, unknown = catalogue(self.admin_site)
+        registered, unknown = catalogue(self, request)
         context = page_context(
             self,
             request,
@@ -80,7 +91,6 @@ class FlowTemplateAdmin(ReadOnlyAdmin):
             entries=registered,
             unknown=unknown,
             last_runs=LAST_RUNS,
-            may_schedule=may(request, "schedule_flow"),
             **(extra_context or {}),
         )
         return TemplateResponse(
@@ -102,7 +112,7 @@ class FlowTemplateAdmin(ReadOnlyAdmin):
         template = self._template(request, object_id)
         if isinstance(template, HttpResponse):
             return template
-        (entry,) = entries(self.admin_site, [template])
+        (entry,) = entries(self, request, [template])
         context = page_context(
             self,
             request,
@@ -110,8 +120,8 @@ class FlowTemplateAdmin(ReadOnlyAdmin):
             entry=entry,
             recurring=recurring(template, self.admin_site),
             last_runs=LAST_RUNS,
-            may_schedule=may(request, "schedule_flow"),
-            may_pause=may(request, "pause_flowtemplate"),
+            may_schedule=entry.may_schedule,
+            may_pause=self.has_pause_permission(request, template),
             **(extra_context or {}),
         )
         return TemplateResponse(
@@ -124,10 +134,11 @@ class FlowTemplateAdmin(ReadOnlyAdmin):
         if refusal is not None:
             return refusal
         self._require_view(request)
-        require(request, "schedule_flow")
         template = self._template(request, object_id)
         if isinstance(template, HttpResponse):
             return template
+        if not self.has_schedule_permission(request, template):
+            raise PermissionDenied
         return schedule_page(self, request, template)
 
     def _pause_view(self, is_pause: bool) -> Callable[..., HttpResponse]:
@@ -136,10 +147,11 @@ class FlowTemplateAdmin(ReadOnlyAdmin):
             if refusal is not None:
                 return refusal
             self._require_view(request)
-            require(request, "pause_flowtemplate")
             template = self._template(request, object_id)
             if isinstance(template, HttpResponse):
                 return template
+            if not self.has_pause_permission(request, template):
+                raise PermissionDenied
             self._pause(request, template, is_pause)
             return HttpResponseRedirect(
                 admin_url(self.admin_site, f"{NAME}_change", quote(template.name))
@@ -162,7 +174,7 @@ class FlowTemplateAdmin(ReadOnlyAdmin):
 
     def _require_view(self, request: HttpRequest) -> None:
         if not self.has_view_permission(request):
-            require(request, "view_flowexecution")
+            raise PermissionDenied
 
     def _template(self, request: HttpRequest, object_id: str) -> FlowTemplate | HttpResponse:
         name = unquote(object_id)

@@ -8,6 +8,7 @@ from datetime import datetime, timedelta
 from itertools import pairwise
 from typing import Any
 
+from django.db.models import QuerySet
 from django.utils import timezone
 from django.utils.html import format_html, format_html_join
 from django.utils.safestring import SafeString
@@ -19,9 +20,10 @@ from ..durations import duration
 from ..engines import get_engine
 from ..models import FlowExecution, WorkerProcess
 from ..monitoring import ALIVE, Standing, Trouble, standing
+from ..runner import flow_runner
 from ..service import flow_service
 from ..status import WAITING, FlowStatus
-from .queries import bounded_counts, flows
+from .queries import bounded_counts, is_narrowed
 
 MAX_COUNTED = 10_000
 HOURS = 24
@@ -59,25 +61,24 @@ class Overview:
     alarm: str
 
 
-def overview() -> Overview:
-    """Look at how things stand now."""
+def overview(visible: QuerySet[FlowExecution]) -> Overview:
+    """Look at how things stand now with the flows that the user may see."""
     now = clock.now()
     hours = [now - timedelta(hours=n) for n in range(HOURS, -1, -1)]
     counts = bounded_counts(
         [
-            flows().filter(status__in=WAITING),
-            flows().filter(status=FlowStatus.RUNNING),
-            *(_ended(FlowStatus.FAILED, *span) for span in _spans(hours)),
-            *(_ended(FlowStatus.SUCCEEDED, *span) for span in _spans(hours)),
+            visible.filter(status__in=WAITING),
+            visible.filter(status=FlowStatus.RUNNING),
+            *(_ended(visible, FlowStatus.FAILED, *span) for span in _spans(hours)),
+            *(_ended(visible, FlowStatus.SUCCEEDED, *span) for span in _spans(hours)),
         ],
         MAX_COUNTED,
     )
     waiting, running = counts[:2]
     failed, succeeded = counts[2 : HOURS + 2], counts[HOURS + 2 :]
     stands = standing()
-    oldest = stands.oldest_due_seconds
-    age = None if oldest is None else timedelta(seconds=oldest)
-    alarm = _alarm(stands, age)
+    age = _oldest_due_age(visible, now, stands)
+    alarm = _alarm(stands, age) if age is not None or not is_narrowed(visible) else ""
     return Overview(
         figures=[
             Figure(name=_("Waiting"), value=_at_most(waiting), query="status=waiting"),
@@ -96,7 +97,7 @@ def overview() -> Overview:
             ),
         ],
         hours=_hours_drawing(hours, succeeded, failed),
-        workers=_workers(now),
+        workers=_workers(visible, now),
         alarm=alarm,
     )
 
@@ -132,6 +133,19 @@ def _alarm(stands: Standing, age: timedelta | None) -> str:
             return ""
 
 
+def _oldest_due_age(
+    visible: QuerySet[FlowExecution], now: datetime, stands: Standing
+) -> timedelta | None:
+    """Return for how long the oldest flow has been due that the user may see."""
+    if not is_narrowed(visible):
+        oldest = stands.oldest_due_seconds
+        return None if oldest is None else timedelta(seconds=oldest)
+    names = set(flow_runner.templates) - set(flow_service.paused_templates())
+    due = visible.filter(status__in=WAITING, run_at__lte=now, template_name__in=names)
+    since = due.order_by("run_at").values_list("run_at", flat=True).first()
+    return None if since is None else now - since
+
+
 def _at_most(count: int, is_more: bool = False) -> str:
     return f"{count}+" if is_more or count == MAX_COUNTED else str(count)
 
@@ -140,14 +154,16 @@ def _spans(hours: Sequence[datetime]) -> list[tuple[datetime, datetime]]:
     return list(pairwise(hours))
 
 
-def _ended(status: FlowStatus, start: datetime, end: datetime) -> Any:
-    return flows().filter(status=status, finished_at__gt=start, finished_at__lte=end)
+def _ended(
+    visible: QuerySet[FlowExecution], status: FlowStatus, start: datetime, end: datetime
+) -> Any:
+    return visible.filter(status=status, finished_at__gt=start, finished_at__lte=end)
 
 
-def _workers(now: datetime) -> list[ShownWorker]:
+def _workers(visible: QuerySet[FlowExecution], now: datetime) -> list[ShownWorker]:
     using = flow_service.repository.using
     seen = WorkerProcess.objects.using(using).filter(seen_at__gte=now - ALIVE)
-    held = flows().filter(status=FlowStatus.RUNNING, lease_expires_at__gt=now)
+    held = visible.filter(status=FlowStatus.RUNNING, lease_expires_at__gt=now)
     runs: dict[str, list[FlowExecution]] = {}
     for flow in held.order_by("-pk")[:MAX_RUNNING]:
         runs.setdefault(flow.claimed_by, []).append(flow)

@@ -8,7 +8,6 @@ from typing import Any
 from django.contrib import admin, messages
 from django.contrib.admin.models import LogEntry
 from django.contrib.admin.utils import unquote
-from django.core.exceptions import PermissionDenied
 from django.db.models import Model
 from django.http import HttpRequest, HttpResponse, HttpResponseNotAllowed, HttpResponseRedirect
 from django.urls import reverse
@@ -16,21 +15,7 @@ from django.utils.translation import gettext as _
 
 from ..actors import user_actor
 from ..models import FlowExecution
-from .queries import flows
-
-SEE_VALUES = "view_executioncontextentry"
-
-
-def may(request: HttpRequest, codename: str) -> bool:
-    """Whether the user has one of the app's permissions."""
-    user: Any = request.user
-    return bool(user.has_perm(f"ebbs_and_flows.{codename}"))
-
-
-def require(request: HttpRequest, *codenames: str) -> None:
-    """Raise `PermissionDenied` unless the user has all of the permissions."""
-    if not all(may(request, codename) for codename in codenames):
-        raise PermissionDenied
+from .rights import visible_flows
 
 
 def actor(request: HttpRequest) -> str:
@@ -85,8 +70,8 @@ def flow_or_refusal(
     """Return the flow, or where to go, with a message, when there is none."""
     text = unquote(object_id)
     if is_id(text):
-        flow = flows().filter(pk=int(text)).first()
-        if flow is not None:
+        flow = visible_flows(model_admin.admin_site, request).filter(pk=int(text)).first()
+        if flow is not None and model_admin.has_view_permission(request, flow):
             return flow
     messages.warning(request, _("There is no flow execution %(id)s.") % {"id": repr(text[:40])})
     return HttpResponseRedirect(

@@ -40,10 +40,23 @@ def rows_of_each(
     return list(FlowExecution.objects.raw(united, parameters, using=using))
 
 
-def template_names() -> list[str]:
-    """Return the registered templates' names and those in the table, sorted."""
-    stored = bounded.stored_template_names(flow_service.repository.using)
-    return sorted({*flow_runner.templates, *stored})
+def is_narrowed(queryset: QuerySet[Any]) -> bool:
+    """Whether a queryset leaves rows out; one that does not needs no look at each row."""
+    return bool(queryset.query.has_filters())
+
+
+def template_names(visible: QuerySet[FlowExecution] | None = None) -> list[str]:
+    """Return the registered templates' names and those in the table, sorted.
+
+    Of the latter only those that `visible` has a flow of, where it is given.
+    """
+    registered = set(flow_runner.templates)
+    stored = bounded.stored_template_names(flow_service.repository.using) - registered
+    if visible is not None and is_narrowed(visible):
+        names = sorted(stored)
+        found = bounded_counts([visible.filter(template_name=name) for name in names], 1)
+        stored = {name for name, count in zip(names, found, strict=True) if count}
+    return sorted(registered | stored)
 
 
 def first_id_since(since: datetime) -> int:

@@ -10,12 +10,14 @@ from django.utils.html import format_html, format_html_join
 from django.utils.safestring import SafeString
 from django.utils.translation import gettext_lazy as _
 
-from ..models import ExecutionContextEntry, TaskExecution
+from ..models import ExecutionContextEntry, FlowExecution, TaskExecution
 from .access import values_shown
 from .attempts import LONG_TEXTS, log_lines
 from .pages import flow_url
 from .paginator import BoundedPaginator
 from .pieces import pill
+from .queries import is_narrowed
+from .rights import visible_flows
 from .values_shown import shown_value
 
 if TYPE_CHECKING:
@@ -72,8 +74,32 @@ class ReadOnlyAdmin(ListedLookups):
         return False
 
 
+class RecordAdmin(ReadOnlyAdmin):
+    """Shows the records of the flows that the user may see."""
+
+    def get_queryset(self, request: HttpRequest) -> Any:
+        """Leave out what belongs to flows that the user may not see."""
+        found = super().get_queryset(request)
+        if not self.admin_site.is_registered(FlowExecution):
+            return found
+        visible = visible_flows(self.admin_site, request)
+        return found.filter(flow_execution__in=visible) if is_narrowed(visible) else found
+
+    def has_view_permission(self, request: HttpRequest, obj: Any = None) -> bool:
+        """Whether the user may see the record, and its flow."""
+        if not super().has_view_permission(request, obj):
+            return False
+        if obj is None or not self.admin_site.is_registered(FlowExecution):
+            return True
+        of_flows = self.admin_site.get_model_admin(FlowExecution)
+        # Who has no right to see flows at all may still have it for attempts.
+        return not of_flows.has_view_permission(request) or of_flows.has_view_permission(
+            request, obj.flow_execution
+        )
+
+
 @admin.register(TaskExecution)
-class TaskExecutionAdmin(ReadOnlyAdmin):
+class TaskExecutionAdmin(RecordAdmin):
     """Every attempt at every task."""
 
     lookups = ("flow_execution__id__exact",)
@@ -127,7 +153,7 @@ class TaskExecutionAdmin(ReadOnlyAdmin):
 
 
 @admin.register(ExecutionContextEntry)
-class ExecutionContextEntryAdmin(ReadOnlyAdmin):
+class ExecutionContextEntryAdmin(RecordAdmin):
     """Every entry of every context; what looks secret is masked."""
 
     lookups = ("flow_execution__id__exact",)

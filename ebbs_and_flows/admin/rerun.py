@@ -9,7 +9,7 @@ from typing import Any
 from django import forms
 from django.contrib import admin, messages
 from django.contrib.admin.models import ADDITION, CHANGE
-from django.db.models import Q
+from django.db.models import Q, QuerySet
 from django.db.models.functions import Left, Length
 from django.http import HttpRequest, HttpResponse, HttpResponseRedirect
 from django.template.response import TemplateResponse
@@ -21,16 +21,17 @@ from django.views.decorators.debug import sensitive_variables
 
 from ..entry_codec import stored_node
 from ..exceptions import EbbsAndFlowsError, InvalidParameters, UnreadableInput
-from ..models import FlowExecution
+from ..models import ExecutionContextEntry, FlowExecution
 from ..operator_input import FindRow, is_unchanged, parse, read_like, value_like
 from ..runner import flow_runner
 from ..status import FlowStatus
 from .access import values_shown
 from .entries import flow_entries
 from .forms import JsonTextarea
-from .pages import SEE_VALUES, actor, flow_url, log, may, page_context
+from .pages import actor, flow_url, log, page_context
 from .pieces import pill, progress
 from .queries import bounded_counts
+from .rights import entries_of, may_see_values
 from .rows import visible_rows
 from .values_shown import ShownValue, shown_value
 
@@ -172,8 +173,9 @@ def rerun_page(
     """Show the context as the chosen task saw it, and make the new flow."""
     choices = _choices(flow)
     chosen = _chosen(request, flow, len(choices))
-    may_see_values = may(request, SEE_VALUES)
-    entries, more = _entries(flow, chosen) if may_see_values else ([], 0)
+    site = model_admin.admin_site
+    sees_values = may_see_values(site, request)
+    entries, more = _entries(entries_of(site, request, flow), chosen) if sees_values else ([], 0)
     is_post = request.method == "POST"
     form = RerunForm(
         entries,
@@ -181,7 +183,7 @@ def rerun_page(
         visible_rows(model_admin.admin_site, request),
         request.POST if is_post else None,
     )
-    if not may_see_values:
+    if not sees_values:
         form.fields.clear()
     if is_post and request.POST.get("task", "") not in {"", str(chosen)}:
         # Another task than the one that was meant may charge twice.
@@ -215,7 +217,7 @@ def rerun_page(
         chosen=chosen,
         chosen_name=choices[chosen - flow.first_task_index] if choices else "",
         form=form,
-        may_see_values=may_see_values,
+        may_see_values=sees_values,
         more_entries=more,
         crumb=_("Rerun from…"),
     )
@@ -274,10 +276,10 @@ def _chosen(request: HttpRequest, flow: FlowExecution, count: int) -> int:
     return min(flow.current_task_index, first + max(count - 1, 0)) if is_stopped else first
 
 
-def _entries(flow: FlowExecution, index: int) -> tuple[list[EditableEntry], int]:
-    found = flow_entries(flow).filter(
-        Q(task_execution=None) | Q(task_execution__task_index__lt=index)
-    )
+def _entries(
+    of_flow: QuerySet[ExecutionContextEntry], index: int
+) -> tuple[list[EditableEntry], int]:
+    found = of_flow.filter(Q(task_execution=None) | Q(task_execution__task_index__lt=index))
     rows = list(
         found.annotate(shown=Left("value", MAX_EDITED), size=Length("value")).values_list(
             "pk", "name", "shown", "size"

@@ -8,6 +8,7 @@ from typing import Any
 from django import forms
 from django.contrib import admin, messages
 from django.contrib.admin.models import ADDITION
+from django.db.models import QuerySet
 from django.http import HttpRequest, HttpResponse, HttpResponseRedirect
 from django.template.response import TemplateResponse
 from django.utils.translation import gettext as _
@@ -16,15 +17,14 @@ from django.views.decorators.debug import sensitive_variables
 from ..entry_codec import stored_node
 from ..exceptions import EbbsAndFlowsError
 from ..flows import CleanedParameters, FlowTemplate
-from ..models import FlowExecution
+from ..models import ExecutionContextEntry, FlowExecution
 from ..operator_input import plain
 from ..runner import flow_runner
 from ..service import flow_service
 from .access import values_shown
-from .entries import flow_entries
 from .forms import ScheduleForm
-from .pages import SEE_VALUES, actor, flow_url, log, may, page_context
-from .queries import flows
+from .pages import actor, flow_url, log, page_context
+from .rights import entries_of, may_see_values, visible_flows
 from .rows import visible_rows
 from .values_shown import shown_value
 
@@ -40,10 +40,12 @@ def schedule_page(
 ) -> HttpResponse:
     """Ask what a run is to begin with, and schedule it."""
     is_post = request.method == "POST"
-    last = flows().filter(template_name=template.name).order_by("-pk").first()
-    offers = last is not None and may(request, SEE_VALUES)
-    like = _like(request, template) if offers else None
-    stored = _first_context(like) if like is not None else {}
+    site = model_admin.admin_site
+    visible = visible_flows(site, request)
+    last = visible.filter(template_name=template.name).order_by("-pk").first()
+    offers = last is not None and may_see_values(site, request)
+    like = _like(request, template, visible) if offers else None
+    stored = _first_context(entries_of(site, request, like)) if like is not None else {}
     offered = {name: plain(node) for name, node in stored.items()}
     if offered and like is not None:
         values_shown(request, like.pk, "schedule form")
@@ -91,12 +93,14 @@ def _parameters(template: FlowTemplate, request: HttpRequest, offered: dict[str,
     return parameters(initial=offered, prefix=PREFIX)
 
 
-def _like(request: HttpRequest, template: FlowTemplate) -> FlowExecution | None:
+def _like(
+    request: HttpRequest, template: FlowTemplate, visible: QuerySet[FlowExecution]
+) -> FlowExecution | None:
     """Return the flow whose context the run is to begin with, if the query names one."""
     text = request.GET.get("like", "")
     if not (text.isascii() and text.isdigit() and len(text) < 19):
         return None
-    return flows().filter(template_name=template.name, pk=int(text)).first()
+    return visible.filter(template_name=template.name, pk=int(text)).first()
 
 
 def _schedule(
@@ -145,10 +149,10 @@ def _put_errors(error: Exception, form: ScheduleForm, parameters: Any) -> None:
             parameters.add_error(name if name in parameters.fields else None, problem)
 
 
-def _first_context(flow: FlowExecution) -> dict[str, Any]:
+def _first_context(entries: QuerySet[ExecutionContextEntry]) -> dict[str, Any]:
     """Return, parsed, what a flow was scheduled with, without what is secret or long."""
     # They are its first ones; asked for by their writer, an index of all flows would be read.
-    rows = flow_entries(flow).values_list("task_execution_id", "name", "value")
+    rows = entries.values_list("task_execution_id", "name", "value")
     offered = {}
     for writer, name, value in rows[:MAX_OFFERED]:
         is_short = not writer and len(value) <= MAX_OFFERED_TEXT
