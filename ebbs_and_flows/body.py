@@ -32,6 +32,7 @@ from .process_state import ProcessState, call_apart
 from .redaction import redact_text
 from .repository import ClaimedRun, is_outage
 from .service import FlowService
+from .session_state import WatchedSessions, close_changed_sessions
 from .tasklog import Keeper, keep
 from .timeouts import Limit, Overdue, interrupt_after
 from .transactions import (
@@ -259,7 +260,8 @@ def run_body(
     with attempt.keeper.kept(settings.MAX_LOG_BYTES) as log:
         try:
             left = None if ends_at is None else ends_at - time.monotonic()
-            result = call_apart(_limited, task, run, context, left)
+            with WatchedSessions():
+                result = call_apart(_limited, task, run, context, left)
             _check_connections(task, before)
             if (left_open := end_left_open(before)) is not None:
                 raise TransactionLeftOpen(
@@ -290,6 +292,7 @@ def run_body(
             attempt.end()
             if process is not None:
                 process.restore()
+            close_changed_sessions()
     return Outcome(entries, str(log), attempt.has_seen_cancel)
 
 

@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 from functools import partial, wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from django.db import OperationalError
+from django.db import DatabaseError, InterfaceError, OperationalError
 
 from .activity import activity
 from .actors import RECURRING
@@ -482,19 +482,24 @@ class FlowRunner:
         """Do what another transaction may be in the way of, again and again for a lease.
 
         On SQLite that is a whole `atomic` task, during which nobody else can write. Returns None
-        when something was in the way and `stop()` is true.
+        when something was in the way and `stop()` is true. Any other error is not believed until a
+        new connection was asked, as a task may have changed the session of this one.
         """
         until = time.monotonic() + get_settings().LEASE_SECONDS
+        is_new = False
         while True:
             try:
                 return action()
-            except OperationalError as error:
-                if (
-                    not is_contention(error)
-                    or self.service.repository.connection.in_atomic_block
-                    or time.monotonic() >= until
-                ):
+            except (DatabaseError, InterfaceError) as error:
+                connection = self.service.repository.connection
+                is_in_the_way = isinstance(error, OperationalError) and is_contention(error)
+                is_over = time.monotonic() >= until if is_in_the_way else is_new
+                if connection.in_atomic_block or is_over:
                     raise
+                if not is_in_the_way:
+                    is_new = True
+                    connection.close()
+                    continue
             if stop is not None and stop():
                 return None
             time.sleep(_CLAIM_PAUSES[-1])

@@ -31,6 +31,7 @@ from .heartbeat import WatchedRun, heartbeat, report_claim_lost
 from .outputs import describe, error_message
 from .repository import ClaimedRun, is_contention, is_outage, is_refusal
 from .service import FlowService
+from .session_state import close_changed_sessions
 from .status import TaskStatus
 from .tasklog import keeping
 from .transactions import kept_usable
@@ -183,6 +184,8 @@ class Worker:
             run.go_back_to(before)
             was_undone = self._was_undone(error, raw, has_refused)
             raise BodyFailed(error, log, at_commit=True, was_undone=was_undone) from error
+        finally:
+            close_changed_sessions()
 
     def _was_undone(self, error: BaseException, raw: object, has_refused: bool) -> bool:
         """Whether the database undid a transaction for another one's sake, lost or refused it."""
@@ -289,7 +292,8 @@ class Worker:
         """Do what needs the database until it answers, for as long as a lease would last.
 
         After a failure `ask()` tells what the action, if it is a write, has done after all; None
-        is nothing, so that it is done again.
+        is nothing, so that it is done again. Any other error is not believed until a
+        new connection was asked, as a task may have changed the session of this one.
         """
         until = time.monotonic() + get_settings().LEASE_SECONDS
         pause = _FIRST_PAUSE
@@ -303,7 +307,8 @@ class Worker:
                 return action()
             except (DatabaseError, InterfaceError) as error:
                 connection = self._repository.connection
-                if not is_outage(error) or connection.in_atomic_block or time.monotonic() >= until:
+                is_over = time.monotonic() >= until if is_outage(error) else has_failed
+                if connection.in_atomic_block or is_over:
                     raise
                 if not has_failed:
                     logger.warning(
