@@ -91,11 +91,12 @@ def statements(flows: int, database: str) -> list[tuple[str, str]]:
         ELSE 1 + n % {TASKS - 1} END"""
     insert_flows = f"""
         INSERT INTO ebbs_and_flows_flowexecution (
-            template_name, task_names, first_task_index, current_task_index, status, key,
+            template_name, task_names, template_version, plan_digest,
+            first_task_index, current_task_index, status, key,
             priority, run_at, ready_rank, claim, claimed_by, lease_expires_at, cancel_requested,
             cancel_requested_by, forgiven_attempts, interruptions, task_progress, traceparent,
             created_at, started_at, finished_at, created_by)
-        SELECT {template}, {names}, 0, {index}, status,
+        SELECT {template}, {names}, 1, '', 0, {index}, status,
             CASE WHEN n % 3 = 0 THEN 'order-' || n END, 0, {at.format(created)},
             CASE WHEN {waiting} THEN 0 END, 1,
             CASE WHEN status = 'RUNNING' THEN 'worker-1' ELSE '' END,
@@ -159,6 +160,18 @@ TRACEBACK = (
 )
 
 
+def _fill_in_digests() -> None:
+    from ebbs_and_flows.models import FlowExecution
+    from ebbs_and_flows.plans import Plan
+
+    names = [f"step_{number}" for number in range(TASKS)]
+    for number in range(TEMPLATES):
+        plan = Plan.of(f"seed-{number:02d}", 1, names)
+        FlowExecution.objects.filter(template_name=plan.template_name).update(
+            plan_digest=plan.digest
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--flows", type=int, default=1_000_000)
@@ -180,6 +193,7 @@ def main() -> None:
             print(
                 f"{cursor.rowcount:>12,} {title} in {time.monotonic() - started:.0f} s", flush=True
             )
+        _fill_in_digests()
         # SQLite is left without statistics, as its users' databases are.
         if database == "postgresql":
             cursor.execute("VACUUM ANALYZE")

@@ -10,12 +10,18 @@ from django.db.models.functions import Coalesce
 
 from . import telemetry
 from .actors import check_actor
+from .exceptions import InvalidArgument
+from .flows import FlowTemplate
 from .models import FlowExecution
 from .repository import DatabaseNow
 from .signals import announce_status
 from .status import ALLOWED_TRANSITIONS, FlowStatus
-from .steps import StepService, transition
+from .steps import StepService, stored_plan, transition
 from .validation import check_priority, check_reason, flow_pk
+
+OVER = (FlowStatus.SUCCEEDED, FlowStatus.CANCELLED)
+"""What no worker takes up again, whatever an operator does."""
+_BATCH = 500
 
 
 class BulkService(StepService):
@@ -34,7 +40,7 @@ class BulkService(StepService):
         attempts = self.repository.attempts.filter(
             flow_execution=OuterRef("pk"), task_index=OuterRef("current_task_index")
         )
-        last = attempts.order_by("-attempt").values("attempt")[:1]
+        last = attempts.order_by("-started_at", "-pk").values("attempt")[:1]
         values: dict[str, Any] = {"ready_rank": -F("priority")}
         if priority is not None:
             values = {"priority": check_priority(priority), "ready_rank": -priority}
@@ -64,6 +70,53 @@ class BulkService(StepService):
         )
         self._record_all(free, FlowStatus.CANCELLED, actor, reason)
         return list(flows)
+
+    def adopt_plan(
+        self, template: FlowTemplate, *, actor: str = "", reason: str, dry_run: bool = False
+    ) -> int:
+        """Store the template's plan in its unfinished flows; return how many had another one.
+
+        A flow that a worker holds keeps its plan. Raises `TemplateDrift`, with nothing changed,
+        when the completed tasks of a flow are not the template's first ones, and
+        `InvalidArgument` for an empty reason.
+        """
+        actor, reason = check_actor(actor), check_reason(reason)
+        if not reason.strip():
+            raise InvalidArgument("The reason is empty: say in a sentence why.")
+        code = template.plan
+        others = self.repository.flows.filter(
+            template_name=code.template_name,
+            status__in=[status for status in FlowStatus if status not in OVER],
+            lease_expires_at=None,
+        ).exclude(plan_digest=code.digest)
+        for flow in others.iterator(chunk_size=_BATCH):
+            self.check_drift(template, flow, flow.current_task_index)
+        if dry_run:
+            return others.count()
+        adopted, last = 0, 0
+        why = f"Adopted the plan of version {code.version}: {reason}"
+        while True:
+            with self.repository.atomic():
+                batch = others.filter(pk__gt=last).order_by("pk").select_for_update()
+                flows = list(batch[:_BATCH])
+                for flow in flows:
+                    self._adopt(flow, template)
+                    record = transition(flow.status, flow.status, actor=actor, reason=why)
+                    self.repository.insert_transitions(flow.pk, [record])
+            adopted += len(flows)
+            if len(flows) < _BATCH:
+                return adopted
+            last = flows[-1].pk
+
+    def _adopt(self, flow: FlowExecution, template: FlowTemplate) -> None:
+        """Store the template's plan in a flow that is locked."""
+        index = flow.current_task_index
+        self.check_drift(template, flow, index)
+        values = stored_plan(template.plan)
+        if flow.task_names[index : index + 1] != template.task_names[index : index + 1]:
+            values |= {"forgiven_attempts": 0, "interruptions": 0}
+        # The claim moves on: a worker that has read the flow before does not take it any more.
+        self.repository.flows.filter(pk=flow.pk).update(claim=F("claim") + 1, **values)
 
     def _locked_all(self, pks: Iterable[int], to_status: FlowStatus) -> dict[int, FlowExecution]:
         """Return those of the flows that may go to the status, locked, by primary key."""

@@ -57,6 +57,7 @@ class NewFlow:
         flow = FlowExecution(
             template_name=template.name,
             task_names=template.task_names,
+            template_version=template.version,
             first_task_index=first_task_index,
             current_task_index=first_task_index,
             status=status,

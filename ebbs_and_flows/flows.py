@@ -24,6 +24,7 @@ from .exceptions import (
     RetryLater,
     TaskNotFound,
 )
+from .plans import Plan
 from .recurrence import Recurrence
 
 MAX_NAME_LENGTH = 200
@@ -284,6 +285,8 @@ class FlowTemplate:
     One that succeeded or was cancelled is deleted after `keep_days`; by default after the setting
     `KEEP_DAYS`, 0 being never. `permissions` names, for what operators do in the admin, the
     permission that they need for this template, beside the app's own: `{"cancel": "shop.refund"}`.
+    A higher `version` says that tasks were removed, moved or renamed:
+    its workers take flows of a lower one, with the rest of the tasks as they are now.
     """
 
     def __init__(
@@ -299,8 +302,14 @@ class FlowTemplate:
         deadline: float | None = None,
         keep_days: float | None = None,
         permissions: Mapping[str, str] | None = None,
+        version: int = 1,
     ) -> None:
         self.name = _checked_name("flow template", name)
+        if not isinstance(version, int) or isinstance(version, bool) or not 1 <= version < 2**31:
+            raise InvalidFlowTemplate(
+                f"Template {name!r} has version = {version!r}: give a whole number of 1 or more."
+            )
+        self.version = version
         if parameters is not None and not (
             isinstance(parameters, type) and issubclass(parameters, BaseForm)
         ):
@@ -402,6 +411,11 @@ class FlowTemplate:
     def task_names(self) -> list[str]:
         """The names of the tasks in their order."""
         return [item.name for item in self._tasks]
+
+    @property
+    def plan(self) -> Plan:
+        """The plan that flows scheduled by this code store."""
+        return Plan.of(self.name, self.version, self.task_names)
 
     def add_task(self, task: Task) -> FlowTemplate:
         """Append a task and return the template.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby, pairwise
+from itertools import pairwise
 
 from django.db.models import F
 
@@ -43,17 +43,17 @@ class Records:
     repeated_entries: list[str] = field(default_factory=list)
 
     @property
-    def by_index(self) -> list[tuple[int, list[TaskExecution]]]:
-        """The attempts in their order, by the index of their task."""
-        return [
-            (index, list(attempts))
-            for index, attempts in groupby(self.attempts, key=lambda row: row.task_index)
-        ]
+    def by_name(self) -> dict[str, list[TaskExecution]]:
+        """The attempts in their order, by the name of their task."""
+        found: dict[str, list[TaskExecution]] = {}
+        for row in self.attempts:
+            found.setdefault(row.task_name, []).append(row)
+        return found
 
     @property
-    def succeeded(self) -> set[int]:
-        """The indices of the tasks that succeeded."""
-        return {row.task_index for row in self.attempts if row.status == TaskStatus.SUCCEEDED}
+    def succeeded(self) -> set[str]:
+        """The names of the tasks that succeeded."""
+        return {row.task_name for row in self.attempts if row.status == TaskStatus.SUCCEEDED}
 
 
 Said = Iterator[str]
@@ -80,16 +80,13 @@ def is_over_or_due(of: Records) -> Said:
 
 def nothing_follows_a_success(of: Records) -> Said:
     """I2: a task that succeeded is not started again."""
-    for index, attempts in of.by_index:
+    for name, attempts in of.by_name.items():
         for row in attempts[:-1]:
             if row.status == TaskStatus.SUCCEEDED:
-                yield (
-                    f"Task {index}, {row.task_name}, succeeded in attempt {row.attempt} and was"
-                    f" started again."
-                )
-    for index in sorted(of.succeeded):
-        if index >= of.flow.current_task_index:
-            yield f"Task {index} has succeeded, and the flow is to start it again."
+                yield (f"Task {name} succeeded in attempt {row.attempt} and was started again.")
+    for name in of.flow.task_names[of.flow.current_task_index :]:
+        if name in of.succeeded:
+            yield f"Task {name} has succeeded, and the flow is to start it again."
 
 
 def attempts_do_not_overlap(of: Records) -> Said:
@@ -108,9 +105,13 @@ def attempts_do_not_overlap(of: Records) -> Said:
                 f"{_name(after)} has claim {after.claim}, below {before.claim} of {_name(before)}."
             )
     reached = max([flow.current_task_index, *(row.task_index for row in of.attempts)])
+    names = flow.task_names
+    if flow.status == FlowStatus.SUCCEEDED:
+        reached = max(reached, len(names))
     for index in range(flow.first_task_index, reached):
-        if index not in of.succeeded:
-            yield f"Task {index} has not succeeded, and the flow went on to task {index + 1}."
+        name = names[index] if index < len(names) else "?"
+        if name not in of.succeeded:
+            yield f"Task {name} has not succeeded, and the flow went on behind it."
     if of.attempts and of.attempts[0].task_index < flow.first_task_index:
         yield f"{_name(of.attempts[0])} is ahead of task {flow.first_task_index}, its first."
     yield from _running_attempts(of)
@@ -148,7 +149,9 @@ def transitions_form_a_path(of: Records) -> Said:
     for from_status, to_status in of.transitions:
         if from_status != at:
             yield f"It was {at or 'new'}, and a transition leads from {from_status or 'nothing'}."
-        if to_status not in _may_follow(from_status):
+        # An act of an operator that leaves the status as it is.
+        is_act = bool(from_status) and to_status == from_status
+        if not is_act and to_status not in _may_follow(from_status):
             yield f"It went from {from_status or 'nothing'} to {to_status}, which is not allowed."
         at = to_status
     if at != of.flow.status:
@@ -178,10 +181,10 @@ def no_write_after_a_takeover(of: Records) -> Said:
                 f"The end of {_name(before)} was written after {_name(after)} had been started"
                 f" under claim {after.claim}."
             )
-    for index, attempts in of.by_index:
+    for name, attempts in of.by_name.items():
         numbers = [row.attempt for row in attempts]
         if numbers != list(range(1, len(numbers) + 1)):
-            yield f"Task {index} has attempts {', '.join(map(str, numbers))}."
+            yield f"Task {name} has attempts {', '.join(map(str, numbers))}."
 
 
 INVARIANTS: dict[str, Callable[[Records], Said]] = {
@@ -237,7 +240,7 @@ class IntegrityCheck:
         found = {flow.pk: Records(flow) for flow in flows}
         using, pks = self._repository.using, list(found)
         attempts = self._repository.attempts.filter(flow_execution__in=pks)
-        for row in attempts.defer("output", "log").order_by("task_index", "attempt", "pk"):
+        for row in attempts.defer("output", "log").order_by("pk"):
             found[row.flow_execution_id].attempts.append(row)
         transitions = FlowTransition.objects.using(using).filter(flow_execution__in=pks)
         for pk, *path in transitions.order_by("pk").values_list(

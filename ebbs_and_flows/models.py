@@ -13,6 +13,7 @@ from django.utils.translation import gettext_lazy as _
 from django.utils.translation import pgettext_lazy
 
 from .exceptions import RetryLater
+from .plans import Plan
 from .status import FINISHED, FlowStatus, TaskStatus
 from .validation import MAX_PRIORITY, MESSAGE_LENGTH, MIN_PRIORITY, NAME_LENGTH
 
@@ -47,6 +48,15 @@ class ExactCharField(_ExactText, models.CharField):  # type: ignore[type-arg]
 
 class ExactTextField(_ExactText, models.TextField):  # type: ignore[type-arg]
     """A `TextField` that holds every character on every database."""
+
+
+class PlanDigestField(ExactCharField):
+    """The digest of a flow's plan, taken from its template's name and version and its tasks."""
+
+    def pre_save(self, model_instance: Any, add: bool) -> str:
+        digest: str = model_instance.plan.digest
+        setattr(model_instance, self.attname, digest)
+        return digest
 
 
 class PartialIndex(models.Index):
@@ -89,6 +99,9 @@ class FlowExecution(models.Model):
     token = models.CharField(max_length=32, default=new_token, editable=False)
     template_name = ExactCharField(_("template"), max_length=NAME_LENGTH)
     task_names = models.JSONField(_("tasks"), help_text=_("The tasks' names as they were."))
+    template_version = models.PositiveIntegerField(_("version"), default=1)
+    # The claim's index begins with it: what does not fit a worker's code costs it nothing.
+    plan_digest = PlanDigestField(max_length=32, editable=False, default="")
     first_task_index = models.PositiveIntegerField(default=0)
     current_task_index = models.PositiveIntegerField(default=0)
     status = models.CharField(
@@ -183,9 +196,9 @@ class FlowExecution(models.Model):
         # By fields, not expressions, which MariaDB has no indexes on. As few rows in each as will
         # do: what a flow's status is written to costs each claim and each end.
         indexes: ClassVar = [
-            # The claim: the best ready flow of one template.
+            # The claim: the best ready flow of one plan.
             PartialIndex(
-                fields=["template_name", "ready_rank", "run_at", "id"],
+                fields=["plan_digest", "ready_rank", "run_at", "id"],
                 only=Q(ready_rank__isnull=False),
                 name="ebbs_flow_ready",
             ),
@@ -216,6 +229,11 @@ class FlowExecution(models.Model):
 
     def __str__(self) -> str:
         return f"{self.template_name} #{self.pk}"
+
+    @property
+    def plan(self) -> Plan:
+        """The plan that is stored with the flow."""
+        return Plan.of(self.template_name, self.template_version, self.task_names)
 
     @property
     def is_finished(self) -> bool:
@@ -288,7 +306,7 @@ class TaskExecution(models.Model):
         default_permissions = ("view",)
         constraints: ClassVar = [
             models.UniqueConstraint(
-                fields=["flow_execution", "task_index", "attempt"],
+                fields=["flow_execution", "task_name", "attempt"],
                 name="%(app_label)s_attempt_once",
             ),
             _one_of("status", TaskStatus),
@@ -410,6 +428,8 @@ class WorkerProcess(models.Model):
     seen_at = models.DateTimeField(_("last seen"))
     # Since when it has run nothing; empty while it runs something.
     idle_since = models.DateTimeField(null=True, blank=True)
+    # The templates that its code has: name, version and tasks of each.
+    templates = models.JSONField(default=list)
 
     class Meta:
         verbose_name = _("worker")

@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from enum import StrEnum
+from enum import Enum, StrEnum
 from typing import TYPE_CHECKING, Any
 
 from django.contrib.auth.decorators import login_not_required
@@ -24,6 +24,7 @@ from .bounded import bounded_counts, oldest_due, stored_template_names
 from .conf import get_settings
 from .engines import get_engine
 from .models import FlowExecution, WorkerProcess
+from .plans import Plan, difference, offer
 from .runner import FlowRunner, flow_runner
 from .status import WAITING, FlowStatus
 
@@ -32,6 +33,10 @@ if TYPE_CHECKING:
 
 MAX_COUNTED = 10_000
 """Up to where flows are counted; a figure that high means: so many or more."""
+MAX_WORKERS = 200
+"""Of how many workers the templates are read at most."""
+MAX_PLANS = 200
+"""How many plans are listed at most."""
 LAST_RUNS = 100
 """How many runs of each template its durations are taken from."""
 ALIVE = timedelta(seconds=30)
@@ -128,6 +133,104 @@ def waiting_unregistered(
         [waiting.filter(template_name=name) for name in unknown], MAX_COUNTED, repository.using
     )
     return {name: count for name, count in zip(unknown, counts, strict=True) if count}
+
+
+class CodeFit(Enum):
+    """Whether the flows of a stored plan can go on with the code of a process."""
+
+    YES = "yes"
+    SOME = "only those that have not come too far"
+    NO = "no"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanInUse:
+    """A plan that unfinished flows have."""
+
+    plan: Plan
+    # Counted up to `MAX_COUNTED`.
+    flows: int
+    fits: CodeFit
+
+    @property
+    def as_json(self) -> dict[str, Any]:
+        """All of it, as values that JSON has."""
+        return {
+            "template": self.plan.template_name,
+            "version": self.plan.version,
+            "tasks": list(self.plan.task_names),
+            "flows": self.flows,
+            "fits": self.fits.name.lower(),
+        }
+
+
+def plans_in_use(
+    template_name: str | None = None, runner: FlowRunner = flow_runner
+) -> list[PlanInUse]:
+    """Return the plans of unfinished flows, of all templates or one, with how many have each.
+
+    Each plan is found from the one before it by its index, and its flows are counted up to
+    `MAX_COUNTED`.
+    """
+    repository = runner.service.repository
+    unfinished = repository.flows.exclude(status__in=[FlowStatus.SUCCEEDED, FlowStatus.CANCELLED])
+    if template_name is not None:
+        unfinished = unfinished.filter(template_name=template_name)
+    plans: dict[str, Plan] = {}
+    while flow := unfinished.exclude(plan_digest__in=list(plans)).first():
+        plans[flow.plan_digest] = flow.plan
+        if len(plans) == MAX_PLANS:
+            break
+    counts = bounded_counts(
+        [unfinished.filter(plan_digest=digest) for digest in plans], MAX_COUNTED, repository.using
+    )
+    templates = runner.templates
+    found = []
+    for plan, flows in zip(plans.values(), counts, strict=True):
+        template = templates.get(plan.template_name)
+        fitting = None if template is None else offer(plan, template.plan)
+        fits = CodeFit.NO
+        if fitting is not None:
+            fits = CodeFit.YES if fitting.up_to >= len(plan.task_names) else CodeFit.SOME
+        found.append(PlanInUse(plan=plan, flows=flows, fits=fits))
+    return sorted(found, key=lambda item: (item.plan.template_name, item.plan.version))
+
+
+def flows_that_fit_no_worker(
+    template_name: str | None = None, runner: FlowRunner = flow_runner
+) -> list[str]:
+    """Return a sentence for each plan of which waiting flows fit the code of no live worker.
+
+    None where no worker is alive: what is known of no worker fits none.
+    """
+    repository = runner.service.repository
+    alive = WorkerProcess.objects.using(repository.using).filter(
+        seen_at__gte=repository.now() - ALIVE
+    )
+    published = list(alive.values_list("templates", flat=True)[:MAX_WORKERS])
+    codes = {Plan.of(*template) for templates in published for template in templates}
+    if not codes:
+        return []
+    waiting = repository.flows.filter(status__in=[*WAITING, FlowStatus.RUNNING])
+    found = []
+    for stored in plans_in_use(template_name, runner):
+        plan = stored.plan
+        known = [code for code in codes if code.template_name == plan.template_name]
+        fitting = [item for code in known if (item := offer(plan, code)) is not None]
+        up_to = max((item.up_to for item in fitting), default=-1)
+        left = waiting.filter(
+            plan_digest=plan.digest, current_task_index__gt=up_to, lease_expires_at=None
+        ).first()
+        if left is None:
+            continue
+        if not known:
+            why = f"no live worker knows {plan.template_name!r}: restart the workers"
+        else:
+            newest = max(known, key=lambda code: code.version)
+            index = left.current_task_index
+            why = f"{difference(plan, index, newest)}: restart the workers, or use adoptflows"
+        found.append(f"Flow {left.pk} fits no live worker: {why}.")
+    return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,6 +15,7 @@ from .exceptions import UnsupportedDatabase
 from .models import WorkerProcess
 from .repository import DatabaseNow, FlowRepository
 from .requirements import require_second_connection, require_supported
+from .runner import flow_runner
 from .worker import worker_name
 
 logger = logging.getLogger("ebbs_and_flows")
@@ -108,7 +109,15 @@ class Presence(threading.Thread):
             "idle_since": None if idle is None else DatabaseNow(-timedelta(seconds=idle)),
         }
         if not seen.update(**shown):
-            workers.create(name=worker_name(), started_at=DatabaseNow(), **shown)
+            workers.create(
+                name=worker_name(),
+                started_at=DatabaseNow(),
+                templates=[
+                    [template.name, template.version, template.task_names]
+                    for template in flow_runner.templates.values()
+                ],
+                **shown,
+            )
         workers.filter(seen_at__lt=DatabaseNow(-KEPT)).delete()
 
     def _leave(self) -> float:

@@ -512,7 +512,7 @@ class FlowRunner:
 
     def _look(self, statuses: Sequence[FlowStatus], templates: Mapping[str, FlowTemplate]) -> bool:
         """Return whether something of the templates may be ready: by one query when not."""
-        due = self.service.repository.look(statuses, templates)
+        due = self.service.look(templates.values(), statuses)
         self._keep_house(due)
         return bool(due)
 
@@ -538,7 +538,7 @@ class FlowRunner:
         """
         interval = timedelta(seconds=get_settings().PACEMAKER_SECONDS)
         repository = self.service.repository
-        due = repository.look(CLAIMABLE, self._templates, ahead=interval)
+        due = self.service.look(self._templates.values(), ahead=interval)
         ranked = self._keep_house(due)
         if due and self.service.can_claim(self._templates.values()):
             for _ in range(min(ranked, MOST_WAKE_UPS) or repository.take_beat(interval)):

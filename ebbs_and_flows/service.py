@@ -87,6 +87,12 @@ def _changed_names(names: Collection[str], what: str = "changed") -> str:
     return f"; {what}: {', '.join(list(names)[:MAX_NAMED])}{more}"
 
 
+def planned_task(flow: FlowExecution) -> str:
+    """Return the name of the task that a flow is at by its plan; `?` where it has none."""
+    names: list[str] = flow.task_names
+    return names[flow.current_task_index] if flow.current_task_index < len(names) else "?"
+
+
 class FlowService(BulkService):
     """Keeps flows, attempts, entries and transitions consistent, over a `FlowRepository`."""
 
@@ -114,7 +120,7 @@ class FlowService(BulkService):
         """Return every attempt of a flow, in order."""
         pk = self.get_flow_execution(flow).pk
         attempts = self.repository.attempts.filter(flow_execution=pk)
-        return list(attempts.order_by("task_index", "attempt"))
+        return list(attempts.order_by("pk"))
 
     def get_failures(self, flows: Iterable[FlowExecution]) -> dict[int, TaskExecution]:
         """Return what went wrong last in each flow that waits for its failed task, by its id."""
@@ -280,12 +286,12 @@ class FlowService(BulkService):
                 f"Flow {source.pk} has not reached task {from_task!r}: start at task"
                 f" {template.tasks[source.current_task_index].name!r} or an earlier one."
             )
-        self.check_drift(template, source.task_names[:index], source.pk)
+        self.check_drift(template, source, index)
         with self.repository.atomic():
             if not self.repository.keep(source.pk):
                 # It was pruned meanwhile.
                 raise flow_not_found(source.pk)
-            stored = self.repository.stored_entries_before(source.pk, index)
+            stored = self.repository.stored_entries_before(source, index)
             changed = dict(ExecutionContext(changes or {}))
             if changed:
                 context = ExecutionContext.from_stored(stored)
@@ -392,9 +398,7 @@ class FlowService(BulkService):
                 run_at=run_at or DatabaseNow(),
                 ready_rank=-values.get("priority", current.priority) if run_at is None else None,
                 deadline_at=None,
-                forgiven_attempts=self.repository.last_attempt(
-                    current.pk, current.current_task_index
-                ),
+                forgiven_attempts=self.repository.last_attempt(current.pk, planned_task(current)),
                 interruptions=0,
                 **values,
             )
@@ -427,11 +431,12 @@ class FlowService(BulkService):
                     )
             added = encode(given, stored)
             index = current.current_task_index
+            name = planned_task(current)
             attempt = self.repository.insert_attempt(
                 current.pk,
                 index,
-                (*current.task_names, "?")[min(index, len(current.task_names))],
-                self.repository.last_attempt(current.pk, index) + 1,
+                name,
+                self.repository.last_attempt(current.pk, name) + 1,
                 current.claim,
                 status=TaskStatus.SUCCEEDED,
                 finished_at=DatabaseNow(),
@@ -476,9 +481,13 @@ class FlowService(BulkService):
         statuses: Sequence[FlowStatus] = CLAIMABLE,
     ) -> bool:
         """Whether a flow is due whose template is neither paused nor at its `max_running`."""
-        offered = {template.name: template.max_running for template in templates}
-        limits = {name: limit for name, limit in offered.items() if limit is not None}
-        return self.repository.best_template(statuses, offered, limits) is not None
+        listed = list(templates)
+        limits = {
+            template.name: template.max_running
+            for template in listed
+            if template.max_running is not None
+        }
+        return self.repository.best_template(statuses, self.offers(listed), limits) is not None
 
     def claimable_templates(self, templates: Iterable[FlowTemplate]) -> set[str]:
         """Return the templates that are neither paused nor run as many flows as they may."""

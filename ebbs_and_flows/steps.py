@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime, timedelta
+from typing import Any
 
 from . import telemetry
 from .actors import RECOVERY, RETRY
@@ -14,6 +15,7 @@ from .exceptions import ClaimLost, DeadlineExceeded, EbbsAndFlowsError, Template
 from .flows import FlowTemplate
 from .models import FlowExecution, FlowTransition, TaskExecution
 from .outputs import Failure
+from .plans import Fit, Offer, Plan, difference, fit, offer
 from .repository import ClaimedRun, DatabaseNow, Due, FlowRepository
 from .signals import announce_status, announce_task
 from .status import WAITING, FlowStatus, TaskStatus
@@ -25,6 +27,10 @@ CLAIMABLE = (*WAITING, FlowStatus.RUNNING)
 """What a worker may take: what waits, and what was handed back at a task boundary."""
 
 
+_MOST_PLANS = 1000
+"""How many plans of other code a process remembers."""
+
+
 def transition(
     from_status: str, to_status: str, *, actor: str = "", reason: str = ""
 ) -> FlowTransition:
@@ -34,11 +40,31 @@ def transition(
     )
 
 
+def stored_plan(plan: Plan) -> dict[str, Any]:
+    """Return the columns of a flow that hold a plan."""
+    return {
+        "task_names": list(plan.task_names),
+        "template_version": plan.version,
+        "plan_digest": plan.digest,
+    }
+
+
+def drifted(flow_id: int, stored: Plan, index: int, code: Plan) -> TemplateDrift:
+    """Return the error of a flow whose completed tasks are not the code's first ones."""
+    return TemplateDrift(
+        f"Flow {flow_id} cannot go on: {difference(stored, index, code)}. Put the tasks back as"
+        f" they were and reschedule the flow, or fork it from its first task."
+    )
+
+
 class StepService:
     """Claims flows and records what their runs do, over a `FlowRepository`."""
 
     def __init__(self, repository: FlowRepository | None = None) -> None:
         self.repository = repository or FlowRepository()
+        # The plans that flows had which this process has seen due, besides its own, by digest.
+        self._plans: dict[str, Plan] = {}
+        self._logged: set[tuple[str, str]] = set()
 
     @property
     def _lease(self) -> timedelta:
@@ -86,36 +112,103 @@ class StepService:
 
         That a flow is ready says nothing of whether its template has reached its `max_running`.
         """
-        offered = {template.name: template for template in templates}
+        listed = list(templates)
         limits = {
-            name: template.max_running
-            for name, template in offered.items()
+            template.name: template.max_running
+            for template in listed
             if template.max_running is not None
         }
-        names = {name: template.task_names for name, template in offered.items()}
         if not limits:
-            run, due = self.repository.look_and_claim(
-                statuses, names, worker, self._lease, at_once=at_once
-            )
-            return self._announced(run), due
-        due = self.repository.look(statuses, names)
+            while True:
+                run, due = self.repository.look_and_claim(
+                    statuses, self.offers(listed), worker, self._lease, at_once=at_once
+                )
+                if not self._learn(due, listed) or run is not None or due.ready:
+                    return self._announced(run), due
+        due = self.look(listed, statuses)
         if not due.ready or (due.comes_first and not at_once):
             return None, due
-        unlimited = {name: tasks for name, tasks in names.items() if name not in limits}
-        best = self.repository.best_template(statuses, names, limits)
+        offers = self.offers(listed)
+        best = self.repository.best_template(statuses, offers, limits)
         if best is None:
             return None, due
-        if best in unlimited:
+        if best not in limits:
             # No limit has to be looked after: that takes longer than the claim.
-            run = self.repository.claim_due(statuses, {best: names[best]}, worker, self._lease)
+            of_best = [item for item in offers if item.plan.template_name == best]
+            run = self.repository.claim_due(statuses, of_best, worker, self._lease)
             if run is not None:
                 return self._announced(run), due
 
         def take(free: set[str]) -> ClaimedRun | None:
-            open_names = {**unlimited, **{name: names[name] for name in free}}
-            return self.repository.claim_due(statuses, open_names, worker, self._lease)
+            may_run = [
+                item
+                for item in offers
+                if item.plan.template_name not in limits or item.plan.template_name in free
+            ]
+            return self.repository.claim_due(statuses, may_run, worker, self._lease)
 
         return self._claim(limits, take), due
+
+    # Plans
+
+    def look(
+        self,
+        templates: Iterable[FlowTemplate],
+        statuses: Sequence[FlowStatus] = CLAIMABLE,
+        *,
+        ahead: timedelta | None = None,
+    ) -> Due:
+        """Return what there is to be done with the templates; by one query, except for new plans.
+
+        A plan that this process has not met before costs two further queries, once.
+        """
+        listed = list(templates)
+        while True:
+            due = self.repository.look(statuses, self.offers(listed), ahead=ahead)
+            if not self._learn(due, listed):
+                return due
+
+    def offers(self, templates: Iterable[FlowTemplate]) -> list[Offer]:
+        """Return which flows may be claimed: of each template's plan, and of plans that fit it."""
+        codes = {template.name: template.plan for template in templates}
+        found = [Offer(code, code, code.task_names) for code in codes.values()]
+        own = {code.digest for code in codes.values()}
+        for digest, stored in list(self._plans.items()):
+            code = codes.get(stored.template_name)
+            if code is not None and digest not in own:
+                fitting = offer(stored, code)
+                if fitting is not None:
+                    found.append(replace(fitting, stored_digest=digest))
+        return found
+
+    def _learn(self, due: Due, templates: Iterable[FlowTemplate]) -> bool:
+        """Remember the plans that are new to this process; return whether there were some."""
+        codes = {template.name: template.plan for template in templates}
+        known = self._plans.keys() | {code.digest for code in codes.values()}
+        if due.plans <= known:
+            return False
+        found = self.repository.find_plans(due.plans - known)
+        if len(self._plans) + len(found) > _MOST_PLANS:
+            self._plans.clear()
+        for digest, plan in found.items():
+            self._plans[digest] = plan
+            code = codes.get(plan.template_name)
+            if code is not None and offer(plan, code) is None:
+                self._log_left(plan, 0, code)
+        return bool(found)
+
+    def _log_left(self, plan: Plan, index: int, code: Plan) -> None:
+        key = (plan.digest, code.digest)
+        if key in self._logged:
+            return
+        self._logged.add(key)
+        logger.warning(
+            "Flows of template %s, version %s, are left to workers with other code: %s.",
+            plan.template_name,
+            plan.version,
+            difference(plan, index, code),
+            extra={"template": plan.template_name},
+        )
 
     def claim_flow(
         self, flow: FlowExecution, template: FlowTemplate, worker: str
@@ -128,10 +221,16 @@ class StepService:
             return None
         limits = {} if template.max_running is None else {template.name: template.max_running}
 
+        stored, code = flow.plan, template.plan
+        fitting = offer(stored, code)
+        if fitting is None or flow.current_task_index > fitting.up_to:
+            self._log_left(stored, flow.current_task_index, code)
+            return None
+
         def take(free: set[str]) -> ClaimedRun | None:
             if limits and not free:
                 return None
-            return self.repository.claim_flow(flow, template.task_names, worker, self._lease)
+            return self.repository.claim_flow(flow, fitting, worker, self._lease)
 
         return self._claim(limits, take, wait=True)
 
@@ -176,7 +275,7 @@ class StepService:
         )
         refusal: EbbsAndFlowsError | None = None
         try:
-            self.check_drift(template, run.flow.task_names[: run.task_index], run.flow.pk)
+            self._check_plan(run, template)
             self._check_deadline(run)
         except (TemplateDrift, DeadlineExceeded) as error:
             refusal = error
@@ -184,17 +283,14 @@ class StepService:
             with self.repository.step():
                 if not run.attempt:
                     planned = (*run.flow.task_names, "?")[: run.task_index + 1][-1]
-                    last = self.repository.last_attempt(run.flow.pk, run.task_index)
+                    last = self.repository.last_attempt(run.flow.pk, planned)
                     self.repository.start_attempt(run, planned, last + 1)
                 with telemetry.attempt(run) as span:
                     failure = Failure.without_traceback(type(refusal).__name__, str(refusal))
                     self.fail_step(run, failure, error=refusal)
                     span.failed(refusal)
             return False
-        names = template.task_names
-        if run.flow.task_names != names:
-            self.repository.fenced(run).update(task_names=names)
-            run.flow.task_names = names
+        self._store_plan_at_start(run, template)
         if run.attempt:
             return True
         with self.repository.step():
@@ -202,17 +298,36 @@ class StepService:
         return False
 
     @staticmethod
-    def check_drift(template: FlowTemplate, completed: Sequence[str], flow_id: int) -> None:
-        """Raise `TemplateDrift` unless the completed tasks are the template's first ones."""
-        names = [*template.task_names, *([None] * len(completed))]
-        for index, (was, now) in enumerate(zip(completed, names, strict=False)):
-            if was != now:
-                is_now = "has no task" if now is None else f"has {now!r}"
-                raise TemplateDrift(
-                    f"Flow {flow_id} completed {was!r} as task {index}, where template"
-                    f" {template.name!r} now {is_now}: put the tasks back as they were, or run"
-                    f" the flow anew."
-                )
+    def _check_plan(run: ClaimedRun, template: FlowTemplate) -> None:
+        stored, code = run.flow.plan, template.plan
+        if fit(stored, run.task_index, code) is not Fit.TAKES:
+            raise drifted(run.flow.pk, stored, run.task_index, code)
+
+    def _store_plan_at_start(self, run: ClaimedRun, template: FlowTemplate) -> None:
+        """Store the code's plan if the claimed task, or the end, differs from the stored plan."""
+        code = template.plan
+        if run.flow.plan == code:
+            return
+        run.new_plan = code
+        index = run.task_index
+        if run.flow.plan.task_names[index : index + 1] == code.task_names[index : index + 1]:
+            return
+        # Attempts at what stood here before do not count for the task that now does.
+        forgiven = max(run.attempt - 1, 0)
+        self.repository.fenced(run).update(
+            forgiven_attempts=forgiven, interruptions=0, **stored_plan(code)
+        )
+        run.forgiven_attempts, run.interruptions = forgiven, 0
+        run.flow.task_names = list(code.task_names)
+        run.flow.template_version, run.flow.plan_digest = code.version, code.digest
+        run.new_plan = None
+
+    @staticmethod
+    def check_drift(template: FlowTemplate, flow: FlowExecution, index: int) -> None:
+        """Raise `TemplateDrift` unless the flow's first tasks are the template's first ones."""
+        stored, code = flow.plan, template.plan
+        if stored.task_names[:index] != code.task_names[:index]:
+            raise drifted(flow.pk, stored, index, code)
 
     def _check_deadline(self, run: ClaimedRun) -> None:
         deadline = run.flow.deadline_at
@@ -284,9 +399,12 @@ class StepService:
     ) -> None:
         if entries:
             run.stored = {**run.stored, **entries}
+        if run.plan_needed(next_task) is not None:
+            run.new_plan = None
         run.task_index += 1
-        run.forgiven_attempts = run.interruptions = 0
-        run.task_name, run.attempt, run.task_execution_id = next_task, 1, attempt_id
+        run.forgiven_attempts, run.interruptions = run.earlier_attempts.get(next_task, 0), 0
+        run.task_name, run.attempt = next_task, run.forgiven_attempts + 1
+        run.task_execution_id = attempt_id
 
     def _succeed_otherwise(
         self, run: ClaimedRun, entries: Mapping[str, str], log: str, *, is_done: bool

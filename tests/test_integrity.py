@@ -124,8 +124,12 @@ def test_all_that_flows_go_through_is_sound(runner: FlowRunner, template: FlowTe
         ({"status": "CREATED"}, "I1", "It is CREATED, and no worker will ever take it."),
         ({"finished_at": None}, "I1", "It is SUCCEEDED, and no time is stored as its end."),
         ({"current_task_index": 2}, "I1", "It is SUCCEEDED at task 2, and has 3 tasks."),
-        ({"current_task_index": 2}, "I2", "Task 2 has succeeded, and the flow is to start it"),
-        ({"current_task_index": 4}, "I3", "Task 3 has not succeeded, and the flow went on to"),
+        ({"current_task_index": 2}, "I2", "Task picky has succeeded, and the flow is to start it"),
+        (
+            {"current_task_index": 4},
+            "I3",
+            "Task ? has not succeeded, and the flow went on behind it",
+        ),
         ({"first_task_index": 1}, "I3", "first (task 0, attempt 1) is ahead of task 1, its"),
         ({"status": "FAILED"}, "I5", "It is FAILED, and its transitions lead to SUCCEEDED."),
         ({"claim": 1}, "I6", "flaky (task 1, attempt 2) has claim 2, above 1 of the flow."),
@@ -143,10 +147,13 @@ def test_i2_i3_a_task_that_was_started_after_its_success_is_found(flow: FlowExec
     row.pk, row.attempt = None, 2
     row.save()
     said = found()
-    assert ("I2", "Task 0, first, succeeded in attempt 1 and was started again.") in said
+    assert ("I2", "Task first succeeded in attempt 1 and was started again.") in said
     # And its time was that of the first.
-    overlap = "first (task 0, attempt 2) was started before first (task 0, attempt 1) had ended."
-    assert ("I3", overlap) in said
+    started = (
+        "The end of picky (task 2, attempt 1) was written after first (task 0, attempt 2) had been"
+        " started under claim 1."
+    )
+    assert ("I6", started) in said
 
 
 def test_i3_a_task_that_did_not_wait_for_the_one_ahead_is_found(flow: FlowExecution) -> None:
@@ -169,7 +176,7 @@ def test_i3_a_claim_that_went_down_is_found(flow: FlowExecution) -> None:
 def test_i3_attempts_that_nobody_runs_are_found(flow: FlowExecution) -> None:
     attempts(flow, task_index__gte=1).update(status="RUNNING", finished_at=None)
     said = [text for invariant, text in found() if invariant == "I3"]
-    assert said[0].startswith("Task 1 has not succeeded")
+    assert said[0].startswith("Task flaky has not succeeded")
     assert any(
         text.startswith("3 attempts are running: flaky (task 1, attempt 1), ") for text in said
     )
@@ -229,7 +236,7 @@ def test_i5_a_transition_that_is_missing_or_not_allowed_is_found(flow: FlowExecu
 
 def test_i6_an_attempt_that_is_missing_is_found(flow: FlowExecution) -> None:
     attempts(flow, task_index=1, attempt=1).delete()
-    assert found() == [("I6", "Task 1 has attempts 2.")]
+    assert found() == [("I6", "Task flaky has attempts 2.")]
 
 
 def test_i6_a_write_after_the_takeover_is_found(flow: FlowExecution) -> None:
@@ -273,7 +280,7 @@ def test_i4_an_entry_that_was_written_twice_is_found(flow: FlowExecution) -> Non
 def test_i6_an_attempt_that_was_counted_twice_is_found(flow: FlowExecution) -> None:
     with without(TaskExecution, "attempt_once"):
         attempts(flow, task_index=1, attempt=2).update(attempt=1)
-        assert ("I6", "Task 1 has attempts 1, 1.") in found()
+        assert ("I6", "Task flaky has attempts 1, 1.") in found()
 
 
 @pytest.mark.django_db(transaction=True)

@@ -24,6 +24,7 @@ from ebbs_and_flows import (
     task,
 )
 from ebbs_and_flows.models import FlowExecution, FlowTemplateState
+from ebbs_and_flows.plans import Offer, Plan
 
 from .databases import connection, database_names
 from .test_command_processes import until
@@ -166,7 +167,11 @@ def test_there_may_be_any_number_of_limited_templates(runner: FlowRunner) -> Non
     register(runner, "limited-7", lambda context: context, max_running=1)
     runner.schedule_flow("limited-7")
     repository = runner.service.repository
-    assert repository.best_template([FlowStatus.SCHEDULED], limits, limits) == "limited-7"
+    offers = []
+    for name in limits:
+        plan = Plan.of(name, 1, runner.get_flow_template("limited-7").task_names)
+        offers.append(Offer(plan, plan, plan.task_names))
+    assert repository.best_template([FlowStatus.SCHEDULED], offers, limits) == "limited-7"
 
 
 def test_a_lost_worker_gives_its_place_back(runner: FlowRunner) -> None:

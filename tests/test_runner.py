@@ -899,10 +899,11 @@ def test_a_reason_may_hold_what_no_database_does(runner: FlowRunner) -> None:
 # Templates that change
 
 
-def renamed(runner: FlowRunner, *tasks: Task) -> FlowRunner:
+def renamed(runner: FlowRunner, *tasks: Task, version: int = 2) -> FlowRunner:
     """A later release of the project: the same flows, another template."""
     later = FlowRunner(runner.service)
-    flow_of(later, *tasks)
+    template = FlowTemplate("billing", tasks=tasks, version=version)
+    later.register_flow_template(template)
     return later
 
 
@@ -946,7 +947,7 @@ def test_a_template_that_lost_its_last_tasks_is_done_or_drifted(runner: FlowRunn
     ended = later.re_run_flow()
     assert ended is not None
     assert ended.status == FlowStatus.SUCCEEDED
-    shorter = renamed(runner, Script("other"))
+    shorter = renamed(runner, Script("other"), version=3)
     fork = later.fork_flow_execution(flow)
     assert shorter.run_flow_execution(fork).status == FlowStatus.SUCCEEDED
 

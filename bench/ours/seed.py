@@ -9,6 +9,7 @@ from typing import Any
 from django.db import connection, models
 
 from ebbs_and_flows.models import FlowExecution, FlowTemplateState, TaskExecution
+from ebbs_and_flows.plans import Plan
 
 NOW = datetime.now(UTC)
 
@@ -122,6 +123,8 @@ def _numbered(*parts: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         for row in part:
             pk += 1
             row["id"] = pk
+            plan = Plan.of(row["template_name"], 1, row["task_names"])
+            row["plan_digest"] = plan.digest
             yield row
 
 

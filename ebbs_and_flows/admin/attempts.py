@@ -100,7 +100,7 @@ def flow_attempts(attempts: QuerySet[TaskExecution]) -> Sequence[TaskExecution]:
             ),
         )
         .defer(*LONG_TEXTS)
-        .order_by("-task_index", "-attempt")
+        .order_by("-started_at", "-pk")
     )
     return list(found[:MAX_ATTEMPTS])[::-1]
 
@@ -123,11 +123,14 @@ def task_rows(
         state = _("Done in the flow that this is a rerun of") if before else _("To come")
         summary = described.get(name, "").partition("\n")[0]
         rows.append(TaskRow(number=index + 1, name=name, description=summary, status=state))
+    by_name = {row.name: row for row in rows}
     for attempt in attempts:
-        while attempt.task_index >= len(rows):
-            number = len(rows) + 1
-            rows.append(TaskRow(number=number, name=attempt.task_name, description="", status=""))
-        row = rows[attempt.task_index]
+        row = by_name.get(attempt.task_name)
+        if row is None:
+            # The plan has had such a task, and has it no longer.
+            row = TaskRow(number=len(rows) + 1, name=attempt.task_name, description="", status="")
+            by_name[row.name] = row
+            rows.append(row)
         row.attempts.append(attempt)
         row.status = pill(attempt.status)
     if not with_texts:

@@ -57,7 +57,9 @@ def add_attempts(rows: Sequence[FlowExecution], *, with_errors: bool) -> None:
     attempts = flow_service.repository.attempts
     of_flow = attempts.filter(flow_execution=OuterRef("pk")).order_by()
     counted = of_flow.values("flow_execution").annotate(n=Count("pk")).values("n")
-    at_task = of_flow.filter(task_index=OuterRef("current_task_index")).order_by("-attempt")
+    at_task = of_flow.filter(task_index=OuterRef("current_task_index")).order_by(
+        "-started_at", "-pk"
+    )
     found = {
         pk: (latest, count or 0)
         for pk, latest, count in flows()

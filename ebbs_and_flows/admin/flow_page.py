@@ -162,7 +162,7 @@ def _warnings(flow: FlowExecution) -> list[str]:
             % {"name": repr(flow.template_name)}
         )
     try:
-        flow_service.check_drift(template, flow.task_names[: flow.current_task_index], flow.pk)
+        flow_service.check_drift(template, flow, flow.current_task_index)
     except TemplateDrift as drift:
         warnings.append(str(drift))
     return warnings

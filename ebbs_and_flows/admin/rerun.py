@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -175,7 +175,8 @@ def rerun_page(
     chosen = _chosen(request, flow, len(choices))
     site = model_admin.admin_site
     sees_values = may_see_values(site, request)
-    entries, more = _entries(entries_of(site, request, flow), chosen) if sees_values else ([], 0)
+    before = flow.task_names[:chosen]
+    entries, more = _entries(entries_of(site, request, flow), before) if sees_values else ([], 0)
     is_post = request.method == "POST"
     form = RerunForm(
         entries,
@@ -277,9 +278,10 @@ def _chosen(request: HttpRequest, flow: FlowExecution, count: int) -> int:
 
 
 def _entries(
-    of_flow: QuerySet[ExecutionContextEntry], index: int
+    of_flow: QuerySet[ExecutionContextEntry], before: Sequence[str]
 ) -> tuple[list[EditableEntry], int]:
-    found = of_flow.filter(Q(task_execution=None) | Q(task_execution__task_index__lt=index))
+    """Return the entries that were there when only the tasks named had run."""
+    found = of_flow.filter(Q(task_execution=None) | Q(task_execution__task_name__in=before))
     rows = list(
         found.annotate(shown=Left("value", MAX_EDITED), size=Length("value")).values_list(
             "pk", "name", "shown", "size"

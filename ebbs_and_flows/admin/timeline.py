@@ -137,9 +137,9 @@ def timeline_rows(
 
     `now` ends what is running; `waits_at` is the index of the task that waits for its retry.
     """
-    by_task: dict[int, list[TaskExecution]] = {}
+    by_task: dict[str, list[TaskExecution]] = {}
     for attempt in attempts:
-        by_task.setdefault(attempt.task_index, []).append(attempt)
+        by_task.setdefault(attempt.task_name, []).append(attempt)
     if not by_task:
         return None, []
     spans = [_span(attempt, now) for of_task in by_task.values() for attempt in of_task]
@@ -148,7 +148,7 @@ def timeline_rows(
     axis = Axis(spans)
     rows = []
     for index, name in enumerate(names):
-        made = by_task.get(index, [])
+        made = by_task.get(name, [])
         waits_until = now if waits_at == index else None
         words = _words(made, now)
         total = sum((end - start for start, end in (_span(a, now) for a in made)), _NO_TIME)

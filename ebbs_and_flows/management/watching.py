@@ -236,7 +236,7 @@ def _flows(selection: Selection) -> list[Seen]:
     at_task = repository.attempts.filter(
         flow_execution=OuterRef("pk"), task_index=OuterRef("current_task_index")
     )
-    latest = Subquery(at_task.order_by("-attempt").values("pk")[:1])
+    latest = Subquery(at_task.order_by("-started_at", "-pk").values("pk")[:1])
     found: list[Any] = []
     # One query a status: of several in one, no index has the newest first.
     for status in selection.statuses:

@@ -130,11 +130,12 @@ class FlowRepository(ClaimRepository):
             )
             return cursor.fetchone() is not None
 
-    def stored_entries_before(self, flow_id: int, task_index: int) -> dict[str, str]:
-        """Return the stored entries that a task at that index first saw."""
+    def stored_entries_before(self, flow: FlowExecution, task_index: int) -> dict[str, str]:
+        """Return the stored entries that the task at that index of the flow's plan first saw."""
+        before = flow.task_names[:task_index]
         entries = self.entries.filter(
-            Q(task_execution=None) | Q(task_execution__task_index__lt=task_index),
-            flow_execution=flow_id,
+            Q(task_execution=None) | Q(task_execution__task_name__in=before),
+            flow_execution=flow.pk,
         )
         return dict(entries.order_by("pk").values_list("name", "value"))
 
@@ -143,7 +144,7 @@ class FlowRepository(ClaimRepository):
         attempts = self.attempts.filter(
             flow_execution__in=list(flow_ids), status=TaskStatus.FAILED
         )
-        return attempts.order_by("flow_execution", "task_index", "attempt")
+        return attempts.order_by("flow_execution", "pk")
 
     def due(
         self, statuses: Sequence[FlowStatus], template_names: Iterable[str] | None = None

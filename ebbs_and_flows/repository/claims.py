@@ -14,6 +14,7 @@ from django.db import DatabaseError, IntegrityError, InterfaceError
 from django.db.models import CharField, F, Func, Q, QuerySet, UniqueConstraint, Value
 
 from ..models import FlowExecution, FlowTemplateState, TaskExecution
+from ..plans import Offer, Plan
 from ..status import WAITING, FlowStatus
 from ..validation import MIN_PRIORITY
 from .database import (
@@ -29,6 +30,7 @@ from .database import (
     now_sql,
     seconds_until_sql,
 )
+from .direct import own_cursor
 from .prepared import execute_prepared
 from .rows import COLUMNS, fetch, read_flow
 from .steps import (
@@ -36,6 +38,7 @@ from .steps import (
     StepRepository,
     insert_transition,
     read_entries,
+    read_last_attempts,
     start_attempt,
 )
 
@@ -67,6 +70,8 @@ class Due:
     expired: bool
     # Seconds until the moment of the next flow comes; None if none comes in the time asked for.
     next_in: float | None = None
+    # The digests of the plans that ready flows have, whether they fit this process or not.
+    plans: frozenset[str] = frozenset()
 
     @property
     def comes_first(self) -> bool:
@@ -85,21 +90,23 @@ class ClaimRepository(StepRepository):
     def look(
         self,
         statuses: Sequence[FlowStatus],
-        template_names: Iterable[str],
+        offers: Sequence[Offer],
         *,
         ahead: timedelta | None = None,
     ) -> Due:
         """Return what is to be done, and when next within `ahead`.
 
-        By one query (one for each 500 templates).
+        By one query (one for each 500 plans).
         """
-        names = sorted(template_names)
         connection = self.connection
         now, moment = now_sql(connection)
         waiting, lost, of_both = self._to_keep(connection)
-        ready, parameters = self._best(statuses, names[:BATCH], 1)
+        ready, parameters = self._best(statuses, offers[:BATCH], 1)
         parameters += of_both
-        asked = f"(SELECT id FROM ({ready}) AS r LIMIT 1), {waiting}, {lost}"
+        asked = (
+            f"(SELECT id FROM ({ready}) AS r LIMIT 1), {waiting}, {lost},"
+            f" {_ready_plans(connection)}"
+        )
         if ahead is not None:
             end, end_moment = now_sql(connection, ahead)
             asked += 2 * (
@@ -110,31 +117,31 @@ class ClaimRepository(StepRepository):
             for status in _texts(WAITING):
                 parameters += [*moment, status, *moment, *end_moment]
         found = list(execute_prepared(connection, f"SELECT {asked}", parameters).rows[0])
-        for start in range(BATCH, len(names), BATCH):
-            sql, of_batch = self._best(statuses, names[start : start + BATCH], 1)
+        for start in range(BATCH, len(offers), BATCH):
+            sql, of_batch = self._best(statuses, offers[start : start + BATCH], 1)
             best = execute_prepared(connection, sql, of_batch).rows
             found[0] = found[0] or (best[0][0] if best else None)
         return Due(
             ready=found[0] is not None,
             unranked=found[1] is not None,
             expired=found[2] is not None,
-            next_in=min((float(item) for item in found[3:] if item is not None), default=None),
+            plans=_digests(found[3]),
+            next_in=min((float(item) for item in found[4:] if item is not None), default=None),
         )
 
     def best_template(
         self,
         statuses: Sequence[FlowStatus],
-        template_names: Iterable[str],
+        offers: Sequence[Offer],
         limits: Mapping[str, int],
     ) -> str | None:
         """Return the template of the best ready flow that may run, as it looks without a lock.
 
         It may where its template is not paused, and less than its limit of its flows run.
         """
-        names = sorted(template_names)
         found: list[Any] = []
-        for start in range(0, len(names), BATCH):
-            best, parameters = self._best(statuses, names[start : start + BATCH], 1, limits)
+        for start in range(0, len(offers), BATCH):
+            best, parameters = self._best(statuses, offers[start : start + BATCH], 1, limits)
             sql = (
                 f"SELECT f.ready_rank, f.run_at, f.id, f.template_name FROM {FLOW} f"
                 f" JOIN ({best}) AS b ON b.id = f.id WHERE NOT EXISTS (SELECT 1 FROM {STATE} s"
@@ -165,21 +172,22 @@ class ClaimRepository(StepRepository):
     def _best(
         self,
         statuses: Sequence[FlowStatus],
-        names: Sequence[str],
+        offers: Sequence[Offer],
         limit: int,
         limits: Mapping[str, int] | None = None,
     ) -> tuple[str, list[Any]]:
-        """Return the SQL, and its parameters, of the ids of each template's best ready flows.
+        """Return the SQL, and its parameters, of the ids of each plan's best ready flows.
 
-        It is one index range a template; none of one that is at its limit, if `limits` are given.
+        It is one index range a plan; none of a template at its limit, if `limits` are given.
         """
-        if not names:
+        if not offers:
             return f"SELECT id FROM {FLOW} WHERE 1 = 0", []
         ready, of_ready = self._is_ready(statuses)
-        # MariaDB weighs its indexes by the rows of the template, and not by the first few.
+        # MariaDB weighs its indexes by the rows of the plan, and not by the first few.
         hint = "FORCE INDEX (ebbs_flow_ready) " if self.connection.vendor == "mysql" else ""
         best = (
-            f"SELECT id FROM (SELECT id FROM {FLOW} {hint}WHERE template_name = %s AND {ready}"
+            f"SELECT id FROM (SELECT id FROM {FLOW} {hint}WHERE plan_digest = %s AND {ready}"
+            f" AND current_task_index <= %s"
             f" ORDER BY ready_rank, run_at, id LIMIT {limit}) AS best"
         )
         below_limit = (
@@ -188,10 +196,12 @@ class ClaimRepository(StepRepository):
             f" AND r.lease_expires_at IS NOT NULL) < %s"
         )
         parts, parameters = [], []
-        for name in names:
+        for item in offers:
+            name = item.plan.template_name
             most = None if limits is None else limits.get(name)
             parts.append(best if most is None else best + below_limit)
-            parameters += [name, *of_ready, *([] if most is None else [name, most])]
+            parameters += [item.digest, *of_ready, item.up_to]
+            parameters += [] if most is None else [name, most]
         return " UNION ALL ".join(parts), parameters
 
     def rank_due(self) -> int:
@@ -206,6 +216,16 @@ class ClaimRepository(StepRepository):
                 free = self.flows.filter(IS_FREE, pk__in=batch, ready_rank=None)
                 ranked += free.update(ready_rank=-F("priority"))
         return ranked
+
+    def find_plans(self, digests: Iterable[str]) -> dict[str, Plan]:
+        """Return the plans that ready flows have, by their digests: one look-up for each."""
+        found = {}
+        for digest in digests:
+            ready = self.flows.filter(plan_digest=digest, ready_rank__lte=-MIN_PRIORITY)
+            flow = ready.order_by("ready_rank", "run_at", "id").first()
+            if flow is not None:
+                found[digest] = flow.plan
+        return found
 
     def unlocked(self, flows: QuerySet[FlowExecution]) -> QuerySet[FlowExecution]:
         """Lock the flows for the transaction, without those that another one has locked."""
@@ -288,7 +308,7 @@ class ClaimRepository(StepRepository):
     def look_and_claim(
         self,
         statuses: Sequence[FlowStatus],
-        templates: Mapping[str, Sequence[str]],
+        offers: Sequence[Offer],
         worker: str,
         lease: timedelta,
         *,
@@ -300,43 +320,43 @@ class ClaimRepository(StepRepository):
         be the best.
         """
         if self.in_one_statement:
-            return self._claim_in_one(statuses, templates, worker, lease, at_once=at_once)
-        due = self.look(statuses, templates)
+            return self._claim_in_one(statuses, offers, worker, lease, at_once=at_once)
+        due = self.look(statuses, offers)
         if not due.ready or (due.comes_first and not at_once):
             return None, due
-        return self.claim_due(statuses, templates, worker, lease), due
+        return self.claim_due(statuses, offers, worker, lease), due
 
     def claim_due(
         self,
         statuses: Sequence[FlowStatus],
-        templates: Mapping[str, Sequence[str]],
+        offers: Sequence[Offer],
         worker: str,
         lease: timedelta,
     ) -> ClaimedRun | None:
         """Take the best ready flow and start its attempt, in one transaction.
 
-        `templates` are the names of the templates that may be taken, with those of their tasks.
-        None when nothing is ready, or when others were faster with all that was seen.
+        `offers` are the plans whose flows may be taken. None when nothing is ready, or when
+        others were faster with all that was seen.
         """
-        if not templates:
+        if not offers:
             return None
         if self.in_one_statement:
-            return self._claim_in_one(statuses, templates, worker, lease, at_once=True)[0]
+            return self._claim_in_one(statuses, offers, worker, lease, at_once=True)[0]
+        by_digest = {item.digest: item for item in offers}
         with self.brief_transaction() as cursor:
-            for flow, last in self._candidates(cursor, statuses, templates):
-                names = templates[flow.template_name]
-                run = self._claim(cursor, flow, names, worker, lease, last)
+            for flow, was_tried in self._candidates(cursor, statuses, offers):
+                fitting = by_digest[flow.plan_digest]
+                run = self._claim(cursor, flow, fitting, worker, lease, was_tried=was_tried)
                 if run is not None:
                     return run
         return None
 
     def claim_flow(
-        self, flow: FlowExecution, task_names: Sequence[str], worker: str, lease: timedelta
+        self, flow: FlowExecution, offer: Offer, worker: str, lease: timedelta
     ) -> ClaimedRun | None:
         """Take a flow, due or not, if it is still as it was read; start its attempt."""
         with self.brief_transaction() as cursor:
-            last = self.last_attempt(flow.pk, flow.current_task_index)
-            return self._claim(cursor, flow, task_names, worker, lease, last)
+            return self._claim(cursor, flow, offer, worker, lease, was_tried=True)
 
     def _is_ready(self, statuses: Sequence[FlowStatus]) -> tuple[str, list[Any]]:
         """Return the condition, and its parameters, on a flow that may be claimed."""
@@ -353,38 +373,40 @@ class ClaimRepository(StepRepository):
         return ready, [*moment, *_texts(statuses)]
 
     def _candidates(
-        self, cursor: Any, statuses: Sequence[FlowStatus], templates: Iterable[str]
-    ) -> list[tuple[FlowExecution, int]]:
-        """Return the best ready flows, each with the number of the last attempt at its task.
+        self, cursor: Any, statuses: Sequence[FlowStatus], offers: Sequence[Offer]
+    ) -> list[tuple[FlowExecution, bool]]:
+        """Return the best ready flows, each with whether it has attempts.
 
-        By one index range a template that is not paused.
+        By one index range a plan whose template is not paused.
         """
         cursor.execute(f"SELECT template_name FROM {STATE} WHERE paused_at IS NOT NULL")
-        names = sorted(set(templates) - {name for (name,) in cursor.fetchall()})
+        paused = {name for (name,) in cursor.fetchall()}
+        open_offers = [item for item in offers if item.plan.template_name not in paused]
         # In SQLite's immediate transaction nobody can be faster.
         limit = 1 if cursor.db.vendor == "sqlite" else _CANDIDATES
-        found: list[tuple[FlowExecution, int]] = []
-        for start in range(0, len(names), BATCH):
-            best, parameters = self._best(statuses, names[start : start + BATCH], limit)
+        found: list[tuple[FlowExecution, bool]] = []
+        for start in range(0, len(open_offers), BATCH):
+            best, parameters = self._best(statuses, open_offers[start : start + BATCH], limit)
             cursor.execute(
-                f"SELECT {COLUMNS}, (SELECT MAX(a.attempt) FROM {ATTEMPT} a"
-                f" WHERE a.flow_execution_id = f.id AND a.task_index = f.current_task_index)"
-                f" AS last_attempt FROM {FLOW} f JOIN ({best}) AS b ON b.id = f.id"
+                f"SELECT {COLUMNS}, EXISTS (SELECT 1 FROM {ATTEMPT} a"
+                f" WHERE a.flow_execution_id = f.id) AS was_tried"
+                f" FROM {FLOW} f JOIN ({best}) AS b ON b.id = f.id"
                 f" ORDER BY f.ready_rank, f.run_at, f.id LIMIT {limit}",
                 parameters,
             )
             rows = fetch(cursor).by_column()
-            found += [(read_flow(cursor.db, row), row["last_attempt"] or 0) for row in rows]
+            found += [(read_flow(cursor.db, row), bool(row["was_tried"])) for row in rows]
         return sorted(found, key=lambda item: (-item[0].priority, item[0].run_at, item[0].pk))
 
     def _claim(
         self,
         cursor: Any,
         flow: FlowExecution,
-        task_names: Sequence[str],
+        offer: Offer,
         worker: str,
         lease: timedelta,
-        last_attempt: int,
+        *,
+        was_tried: bool,
     ) -> ClaimedRun | None:
         """Take a flow by compare-and-swap, in the caller's transaction."""
         now, moment = clock = now_sql(cursor.db)
@@ -409,14 +431,17 @@ class ClaimRepository(StepRepository):
         if run.claimed_from != FlowStatus.RUNNING:
             # RUNNING -> RUNNING is recorded by the attempts themselves.
             insert_transition(cursor, run, run.claimed_from, FlowStatus.RUNNING, clock)
-        if run.task_index < len(task_names):
-            start_attempt(cursor, run, task_names[run.task_index], last_attempt + 1, clock)
+        if was_tried:
+            run.earlier_attempts = read_last_attempts(cursor, flow.pk)
+        task = offer.task_at(run.task_index)
+        if task is not None:
+            start_attempt(cursor, run, task, run.earlier_attempts.get(task, 0) + 1, clock)
         return run
 
     def _claim_in_one(
         self,
         statuses: Sequence[FlowStatus],
-        templates: Mapping[str, Sequence[str]],
+        offers: Sequence[Offer],
         worker: str,
         lease: timedelta,
         *,
@@ -424,8 +449,8 @@ class ClaimRepository(StepRepository):
     ) -> tuple[ClaimedRun | None, Due]:
         """Take the best ready flow that no other worker has locked, in one statement.
 
-        The templates are ranked by their best flow, one index range each, and locked rows are
-        skipped within a template: no worker waits for another.
+        The plans are ranked by their best flow, one index range each, and locked rows are skipped
+        within a plan: no worker waits for another.
         """
         connection = self.connection
         waiting, lost, _ = self._to_keep(connection)
@@ -433,22 +458,26 @@ class ClaimRepository(StepRepository):
         now, _ = now_sql(connection)
         # After the row is locked, and so after all that was written to it.
         moment, _ = moment_sql(connection)
-        best = f"FROM {FLOW} WHERE template_name = t.name AND {ready}"
+        best = (
+            f"FROM {FLOW} WHERE plan_digest = t.digest AND {ready}"
+            f" AND current_task_index <= (t.offer ->> 1)::integer"
+        )
         order = "ORDER BY ready_rank, run_at, id LIMIT 1"
         sql = f"""
             WITH seen AS (
-                SELECT {waiting} IS NOT NULL AS unranked, {lost} IS NOT NULL AS expired
+                SELECT {waiting} IS NOT NULL AS unranked, {lost} IS NOT NULL AS expired,
+                    {_ready_plans(connection)} AS plans
             ), known AS (
-                SELECT * FROM jsonb_each(%s::jsonb) AS t (name, tasks)
+                SELECT * FROM jsonb_each(%s::jsonb) AS t (digest, offer)
                 WHERE {"TRUE" if at_once else "NOT (SELECT unranked OR expired FROM seen)"}
                 AND NOT EXISTS (SELECT 1 FROM {STATE} s
-                    WHERE s.template_name = t.name AND s.paused_at IS NOT NULL)
+                    WHERE s.template_name = t.offer ->> 0 AND s.paused_at IS NOT NULL)
             ), ranked AS (
                 SELECT t.* FROM known t CROSS JOIN LATERAL (
                     SELECT ready_rank, run_at, id {best} {order}
                 ) AS b ORDER BY b.ready_rank, b.run_at, b.id
             ), candidate AS (
-                SELECT b.id, b.status, t.tasks, {moment} AS moment
+                SELECT b.id, b.status, t.offer, {moment} AS moment
                 FROM ranked t CROSS JOIN LATERAL (
                     SELECT id, status {best} {order} FOR UPDATE SKIP LOCKED
                 ) AS b LIMIT 1
@@ -460,7 +489,8 @@ class ClaimRepository(StepRepository):
                     started_at = COALESCE(f.started_at, c.moment)
                 FROM candidate c WHERE f.id = c.id
                 RETURNING {COLUMNS}, c.status AS claimed_from, c.moment,
-                    c.tasks ->> f.current_task_index AS task
+                    c.offer -> 3 AS tasks,
+                    c.offer -> 2 ->> f.current_task_index AS task
             ), recorded AS (
                 INSERT INTO {TRANSITION}
                     (flow_execution_id, from_status, to_status, at, actor, reason)
@@ -472,7 +502,7 @@ class ClaimRepository(StepRepository):
                 SELECT id, current_task_index, task, COALESCE((
                     SELECT MAX(a.attempt) FROM {ATTEMPT} a
                     WHERE a.flow_execution_id = claimed.id
-                    AND a.task_index = claimed.current_task_index), 0) + 1,
+                    AND a.task_name = claimed.task), 0) + 1,
                     claim, 'RUNNING', moment, '', '', ''
                 FROM claimed WHERE task IS NOT NULL RETURNING id, attempt
             )
@@ -484,9 +514,24 @@ class ClaimRepository(StepRepository):
                     (SELECT json_agg(json_build_array(e.name, e.value) ORDER BY e.id)::text
                     FROM {ENTRY} e WHERE e.flow_execution_id = claimed.id)
                 END FROM (SELECT SUM(octet_length(e.value)) AS size
-                    FROM {ENTRY} e WHERE e.flow_execution_id = claimed.id) t) AS entries
+                    FROM {ENTRY} e WHERE e.flow_execution_id = claimed.id) t) AS entries,
+                CASE WHEN claimed.claim > 1 THEN
+                    (SELECT json_object_agg(n.name, (SELECT MAX(a.attempt) FROM {ATTEMPT} a
+                        WHERE a.flow_execution_id = claimed.id AND a.task_name = n.name))::text
+                    FROM jsonb_array_elements_text(claimed.tasks) AS n (name))
+                END AS earlier
             FROM seen LEFT JOIN claimed ON TRUE LEFT JOIN started ON TRUE"""
-        known = json.dumps({name: list(tasks) for name, tasks in templates.items()})
+        known = json.dumps(
+            {
+                item.digest: [
+                    item.plan.template_name,
+                    item.up_to,
+                    item.starts,
+                    item.code.task_names,
+                ]
+                for item in offers
+            }
+        )
         parameters = [known, *parameters, *parameters, worker, lease]
         try:
             with self.one_statement():
@@ -499,7 +544,12 @@ class ClaimRepository(StepRepository):
             # began: another worker was faster by a whole attempt in between.
             return None, Due(ready=True, unranked=False, expired=False)
         assert row is not None  # noqa: S101 - for the type checker
-        due = Due(ready=row["ready"], unranked=row["unranked"], expired=row["expired"])
+        due = Due(
+            ready=row["ready"],
+            unranked=row["unranked"],
+            expired=row["expired"],
+            plans=_digests(row["plans"]),
+        )
         if row["id"] is None:
             return None, due
         flow = read_flow(connection, row)
@@ -509,6 +559,12 @@ class ClaimRepository(StepRepository):
         else:
             stored = self.stored_entries(flow.pk)
         run = _claimed(flow, row["claimed_from"], flow.claim, worker, stored)
+        if not row["is_as_seen"]:
+            with own_cursor(connection) as cursor:
+                run.earlier_attempts = read_last_attempts(cursor, flow.pk)
+        elif row["earlier"] is not None:
+            earlier = json.loads(row["earlier"])
+            run.earlier_attempts = {name: last for name, last in earlier.items() if last}
         if row["attempt_id"] is not None:
             run.task_name, run.attempt = row["task"], row["attempt"]
             run.task_execution_id = row["attempt_id"]
@@ -540,6 +596,34 @@ def _claimed(
         forgiven_attempts=flow.forgiven_attempts,
         interruptions=flow.interruptions,
     )
+
+
+def _ready_plans(connection: Any) -> str:
+    """Return the SQL of the digests of all ready flows, by one look-up in the index for each."""
+    if connection.vendor == "mysql":
+        # There the index has the rows without a rank, too, and they come first.
+        following = f"SELECT plan_digest FROM {FLOW} WHERE plan_digest > {{}}"
+    else:
+        following = (
+            f"SELECT plan_digest FROM {FLOW} WHERE ready_rank IS NOT NULL AND plan_digest > {{}}"
+        )
+    following += " ORDER BY plan_digest LIMIT 1"
+    listed = (
+        "STRING_AGG(digest, ',')"
+        if connection.vendor == "postgresql"
+        else ("GROUP_CONCAT(digest)")
+    )
+    first, rest = following.format("''"), following.format("p.digest")
+    return (
+        f"(WITH RECURSIVE plans (digest) AS (SELECT ({first}) UNION ALL"
+        f" SELECT ({rest}) FROM plans p WHERE p.digest IS NOT NULL)"
+        f" SELECT {listed} FROM plans WHERE digest IS NOT NULL AND EXISTS (SELECT 1 FROM {FLOW} f"
+        f" WHERE f.plan_digest = digest AND f.ready_rank <= {-MIN_PRIORITY}))"
+    )
+
+
+def _digests(listed: str | None) -> frozenset[str]:
+    return frozenset(listed.split(",")) if listed else frozenset()
 
 
 def _texts(statuses: Iterable[FlowStatus]) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from typing import Any
 
@@ -12,6 +12,7 @@ from django.db.models import Exists, Max, OuterRef, QuerySet, Subquery
 from django.db.models.functions import Coalesce
 
 from ..models import FlowExecution, TaskExecution
+from ..plans import Plan
 from ..status import FlowStatus, TaskStatus
 from .database import (
     ATTEMPT,
@@ -75,13 +76,26 @@ class ClaimedRun:
     attempt: int = 0
     task_name: str = ""
     task_execution_id: int = 0
+    # The number of the last attempt at each task, from before this claim.
+    earlier_attempts: Mapping[str, int] = field(default_factory=dict)
+    # The plan of the running code, until a step has stored it; None where the stored one is equal.
+    new_plan: Plan | None = None
     # The flow as its last step left it, where that step tells.
     ended: FlowExecution | None = None
 
     def go_back_to(self, before: ClaimedRun) -> None:
         """Be what a copy of it was, as a step that moved it on was not committed."""
-        for field in fields(self):
-            setattr(self, field.name, getattr(before, field.name))
+        for item in fields(self):
+            setattr(self, item.name, getattr(before, item.name))
+
+    def plan_needed(self, next_task: str | None) -> Plan | None:
+        """Return the plan to store when that task follows, None ending the flow; or None.
+
+        It is stored when a task, or the end, comes where the stored plan has something else.
+        """
+        planned = self.flow.task_names[self.task_index + 1 :]
+        follows = planned[0] if planned else None
+        return None if follows == next_task else self.new_plan
 
     @property
     def counted_attempts(self) -> int:
@@ -144,11 +158,10 @@ class StepRepository(Database):
     ) -> int | None:
         # One moment for all of it, as it is one transaction.
         now, moment = clock = now_sql(cursor.db)
-        values, parameters = _next_state(cursor.db, next_task, lease, clock)
+        values, parameters = _next_state(cursor.db, run, next_task, lease, clock)
         advanced = execute(
             cursor,
-            f"UPDATE {FLOW} SET current_task_index = %s, forgiven_attempts = 0,"
-            f" interruptions = 0, {values} WHERE {_FENCE}",
+            f"UPDATE {FLOW} SET current_task_index = %s, {values} WHERE {_FENCE}",
             [run.task_index + 1, *parameters, *_fence(run)],
         )
         if advanced != 1:
@@ -167,7 +180,8 @@ class StepRepository(Database):
             insert_transition(cursor, run, FlowStatus.RUNNING, FlowStatus.SUCCEEDED, clock)
         if lease is None or next_task is None:
             return 0
-        return _insert_attempt(cursor, run, run.task_index + 1, next_task, 1, clock)
+        attempt = run.earlier_attempts.get(next_task, 0) + 1
+        return _insert_attempt(cursor, run, run.task_index + 1, next_task, attempt, clock)
 
     def _finish_in_one(
         self,
@@ -180,7 +194,7 @@ class StepRepository(Database):
         connection = self.connection
         # As few parameters as will do: each costs the driver as much as a row costs the database.
         moment, _ = clock = moment_sql(connection)
-        values, parameters = _next_state(connection, next_task, lease, clock)
+        values, parameters = _next_state(connection, run, next_task, lease, clock)
         parameters += [*_fence(run), log, run.task_execution_id]
         written = follows = ""
         if entries:
@@ -203,10 +217,11 @@ class StepRepository(Database):
                 FROM fence)"""
         elif lease is not None:
             result = "followed.id AS attempt FROM followed"
+            number = run.earlier_attempts.get(next_task, 0) + 1
             follows = f""", followed AS (
                 INSERT INTO {ATTEMPT} (flow_execution_id, task_index, task_name, attempt, claim,
                     status, started_at, output, error_type, log)
-                SELECT id, current_task_index, %s::varchar, 1, claim, 'RUNNING',
+                SELECT id, current_task_index, %s::varchar, {number}, claim, 'RUNNING',
                     moment, '', '', '' FROM fence RETURNING id)"""
             parameters.append(next_task)
         found = execute_prepared(
@@ -214,7 +229,7 @@ class StepRepository(Database):
             f"""
             WITH fence AS (
                 UPDATE {FLOW} f SET current_task_index = current_task_index + 1,
-                    forgiven_attempts = 0, interruptions = 0, {values}
+                    {values}
                 WHERE {_FENCE_IN_ONE} RETURNING {changed}
             ), finished AS (
                 UPDATE {ATTEMPT} a SET status = 'SUCCEEDED', finished_at = fence.moment,
@@ -282,9 +297,9 @@ class StepRepository(Database):
 
     # Attempts and entries
 
-    def last_attempt(self, flow_id: int, task_index: int) -> int:
+    def last_attempt(self, flow_id: int, task_name: str) -> int:
         """Return the number of the last attempt at a task of a flow, 0 if there was none."""
-        attempts = self.attempts.filter(flow_execution=flow_id, task_index=task_index)
+        attempts = self.attempts.filter(flow_execution=flow_id, task_name=task_name)
         return attempts.aggregate(last=Max("attempt"))["last"] or 0
 
     def stored_entries(self, flow_id: int) -> dict[str, str]:
@@ -310,16 +325,34 @@ def _fence(run: ClaimedRun) -> list[int]:
 
 
 def _next_state(
-    connection: Any, next_task: str | None, lease: timedelta | None, clock: Sql
+    connection: Any, run: ClaimedRun, next_task: str | None, lease: timedelta | None, clock: Sql
 ) -> Sql:
     """Return what a step makes of the flow's row."""
+    # Attempts from before another task was put in front do not use up the allowance.
+    forgiven = 0 if next_task is None else int(run.earlier_attempts.get(next_task, 0))
+    values = f"forgiven_attempts = {forgiven}, interruptions = 0, "
+    if next_task is not None and lease is None:
+        values += "claimed_by = '', lease_expires_at = NULL, ready_rank = -priority"
+        return values, []
+    plan, parameters = _plan_stored(connection, run.plan_needed(next_task))
     if next_task is None:
         now, moment = clock
-        return f"status = 'SUCCEEDED', finished_at = {now}, lease_expires_at = NULL", [*moment]
-    if lease is None:
-        return "claimed_by = '', lease_expires_at = NULL, ready_rank = -priority", []
+        values += f"status = 'SUCCEEDED', finished_at = {now}, lease_expires_at = NULL"
+        return values + plan, [*moment, *parameters]
+    assert lease is not None  # noqa: S101 - for the type checker
     until, expiry = now_sql(connection, lease)
-    return f"lease_expires_at = {until}", expiry
+    return f"{values}lease_expires_at = {until}{plan}", [*expiry, *parameters]
+
+
+def _plan_stored(connection: Any, plan: Plan | None) -> Sql:
+    """Return the part of an update that stores another plan; nothing for none."""
+    if plan is None:
+        return "", []
+    cast = "::jsonb" if connection.vendor == "postgresql" else ""
+    return (
+        f", task_names = %s{cast}, template_version = %s, plan_digest = %s",
+        [json.dumps(plan.task_names), plan.version, plan.digest],
+    )
 
 
 def start_attempt(cursor: Any, run: ClaimedRun, task_name: str, attempt: int, clock: Sql) -> None:
@@ -345,6 +378,16 @@ def read_entries(cursor: Any, flow_id: int) -> dict[str, str]:
     """Return the stored text of each entry of a flow, in the order of writing."""
     cursor.execute(
         f"SELECT name, value FROM {ENTRY} WHERE flow_execution_id = %s ORDER BY id", [flow_id]
+    )
+    return dict(cursor.fetchall())
+
+
+def read_last_attempts(cursor: Any, flow_id: int) -> dict[str, int]:
+    """Return the number of the last attempt at each task of a flow that was started before."""
+    cursor.execute(
+        f"SELECT task_name, MAX(attempt) FROM {ATTEMPT} WHERE flow_execution_id = %s"
+        f" GROUP BY task_name",
+        [flow_id],
     )
     return dict(cursor.fetchall())
 

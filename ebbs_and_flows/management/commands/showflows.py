@@ -17,7 +17,7 @@ from ...durations import duration, time_at_work
 from ...entry_codec import from_stored
 from ...exceptions import UnreadableValue
 from ...models import ExecutionContextEntry, FlowExecution, TaskExecution
-from ...monitoring import waiting_unregistered
+from ...monitoring import flows_that_fit_no_worker, plans_in_use, waiting_unregistered
 from ...redaction import redact_stored, redact_value
 from ...runner import flow_runner
 from ...service import flow_service
@@ -32,6 +32,7 @@ from ..outcomes import (
     overview,
     table,
     unregistered_in_words,
+    up_to,
 )
 from ..stopping import StopRequest
 from ..watching import NOTHING, Blocks, Selection, watch
@@ -59,6 +60,11 @@ class Command(FlowCommand):
         parser.add_argument(
             "--values", action="store_true", help="With ids: the stored values of the entries too."
         )
+        parser.add_argument(
+            "--plans",
+            action="store_true",
+            help="Count the unfinished flows of each template by version and tasks.",
+        )
         parser.add_argument("--json", action="store_true", help="A JSON object a line.")
         parser.add_argument(
             "--watch",
@@ -76,6 +82,12 @@ class Command(FlowCommand):
             raise CommandError("--status and --template narrow the list: leave them out with ids.")
         if options["values"] and not options["id"]:
             raise CommandError("--values goes with ids: give the ids of the flows to look into.")
+        if options["plans"]:
+            if options["id"] or options["watch"] or options["status"]:
+                raise CommandError("--plans counts all unfinished flows: leave the rest out.")
+            with refusals():
+                self._show_plans(options["template"], options["json"])
+            return
         if options["watch"]:
             self._watch(options)
             return
@@ -86,6 +98,26 @@ class Command(FlowCommand):
                 self._show(flow_ids(options["id"]), options["values"], options["json"])
             else:
                 self._list(options)
+
+    def _show_plans(self, template_name: str | None, as_json: bool) -> None:
+        rows = [["TEMPLATE", "VERSION", "FLOWS", "FITS THIS CODE", "TASKS"]]
+        for stored in plans_in_use(template_name):
+            if as_json:
+                self.stdout.write(json.dumps(stored.as_json))
+            plan = stored.plan
+            rows.append(
+                [
+                    plan.template_name,
+                    str(plan.version),
+                    up_to(stored.flows),
+                    stored.fits.value,
+                    ", ".join(plan.task_names),
+                ]
+            )
+        if not as_json:
+            self.stdout.write(table(rows) if len(rows) > 1 else "There are no unfinished flows.")
+            for sentence in flows_that_fit_no_worker(template_name):
+                self.stdout.write(sentence)
 
     def _watch(self, options: dict[str, Any]) -> None:
         for name in ("id", "json"):
@@ -217,7 +249,7 @@ class _Details:
             ):
                 self.entries[pk][name] = value
             attempts = flow_service.repository.attempts.filter(flow_execution__in=page)
-            for attempt in attempts.order_by("flow_execution_id", "task_index", "attempt"):
+            for attempt in attempts.order_by("flow_execution_id", "pk"):
                 self.attempts[attempt.flow_execution_id].append(attempt)
             reruns = flow_service.repository.flows.filter(rerun_of__in=page).order_by("pk")
             for of, pk in reruns.values_list("rerun_of_id", "pk"):
