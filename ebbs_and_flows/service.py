@@ -260,6 +260,7 @@ class FlowService(BulkService):
                     record.from_status,
                     record.to_status,
                     record.actor,
+                    record.reason,
                 )
 
     def fork(

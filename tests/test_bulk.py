@@ -40,7 +40,7 @@ def fail_all(runner: FlowRunner) -> None:
 
 def stored(flow: FlowExecution) -> dict[str, Any]:
     row = FlowExecution.objects.filter(pk=flow.pk).values().get()
-    for own in ("id", "key", "created_at", "started_at", "finished_at", "run_at"):
+    for own in ("id", "key", "token", "created_at", "started_at", "finished_at", "run_at"):
         del row[own]
     return row
 

@@ -29,7 +29,7 @@ PAGES = sorted(
 BLOCK = re.compile(r"^```([\w{}-]+)[^\n]*\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 # Theirs are servers, services and other machines' files: the settings in them are loaded.
 ONLY_SETTINGS = {"how-to/production.md"}
-NOT_RUN = {"text", "ini", "dockerfile", "{toctree}", "{eval-rst}", "{include}"}
+NOT_RUN = {"text", "ini", "dockerfile", "sql", "{toctree}", "{eval-rst}", "{include}"}
 SERVERS = ("runserver", "qcluster", "runflows --watch")
 FILE = re.compile(r"# ([\w/]+\.py)$")
 
