@@ -17,6 +17,7 @@ from django.utils.translation import gettext_lazy, ngettext
 from django.views.decorators.debug import sensitive_post_parameters
 
 from ..models import FlowExecution
+from ..service import flow_service
 from ..status import FINISHED
 from .actions import FLOW_ACTIONS, FlowAction, apply, in_batches, list_action
 from .by_hand import by_hand_page
@@ -282,5 +283,18 @@ class FlowExecutionAdmin(FlowColumns, ListedLookups):
     def delete_queryset(self, request: HttpRequest, queryset: QuerySet[Any]) -> None:
         """Delete what is still over at this moment."""
         for batch in in_batches(queryset.filter(status__in=FINISHED)):
-            doomed = [flow.pk for flow in batch]
-            flows().filter(pk__in=doomed, status__in=FINISHED).delete()
+            self._delete([flow.pk for flow in batch])
+
+    def delete_model(self, request: HttpRequest, obj: FlowExecution) -> None:
+        """Delete a flow if it is still over at this moment."""
+        self._delete([obj.pk])
+
+    @staticmethod
+    def _delete(pks: list[int]) -> None:
+        def delete() -> None:
+            # Locked, or a rerun that is made meanwhile would refer to a flow that is gone.
+            found = flows().filter(pk__in=pks, status__in=FINISHED).order_by("pk")
+            locked = list(found.select_for_update().values_list("pk", flat=True))
+            flows().filter(pk__in=locked).delete()
+
+        flow_service.repository.in_transaction(delete)
