@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 from django.core.management import call_command
+from django.db.models import Value
+from django.db.models.functions import Concat
 
 from ebbs_and_flows import flow_runner
 from ebbs_and_flows.management.base import escaped
@@ -60,8 +62,10 @@ def hostile() -> FlowExecution:
         flow = failed("no")
     evil = f"Zürich → {ESCAPES}"
     TaskExecution.objects.update(
-        output=evil, error_message=evil, error_type=evil, traceback="", task_name=evil, log=evil
+        output=evil, error_message=evil, error_type=evil, traceback="", log=evil
     )
+    # A flow has one first attempt a name.
+    TaskExecution.objects.update(task_name=Concat(Value(evil), "task_name"))
     FlowExecution.objects.update(template_name=evil, task_names=[evil], key=evil, claimed_by=evil)
     return flow
 

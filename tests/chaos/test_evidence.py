@@ -116,9 +116,10 @@ def test_an_attempt_that_was_taken_over_may_go_on_and_proves_nothing(
     TaskExecution.objects.filter(task_name="quick").update(attempt=2)
     ExecutionContextEntry.objects.filter(name="quick").update(value="2")
     row = TaskExecution.objects.get(task_name="quick")
-    row.pk, row.attempt, row.status, row.error_type = None, 1, "FAILED", "TaskInterrupted"
+    # Attempts are read in the order of their keys, and this one was made first.
+    row.pk, row.attempt, row.status, row.error_type = -1, 1, "FAILED", "TaskInterrupted"
     row.finished_at = row.started_at
-    row.save()
+    row.save(force_insert=True)
     rewrite(
         log,
         lambda lines: [
