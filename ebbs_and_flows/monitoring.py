@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from django.contrib.auth.decorators import login_not_required
 from django.db import DatabaseError, InterfaceError
-from django.db.models import Count, Q
+from django.db.models import Count, Min, Q
 from django.http import HttpRequest, JsonResponse
 from django.utils.crypto import constant_time_compare
 from django.views.decorators.cache import cache_control
@@ -35,8 +35,10 @@ MAX_COUNTED = 10_000
 """Up to where flows are counted; a figure that high means: so many or more."""
 MAX_WORKERS = 200
 """Of how many workers the templates are read at most."""
-MAX_PLANS = 200
-"""How many plans are listed at most."""
+UNFINISHED = [
+    status for status in FlowStatus if status not in (FlowStatus.SUCCEEDED, FlowStatus.CANCELLED)
+]
+"""The statuses of flows that a worker may take up again, now or after an act of an operator."""
 LAST_RUNS = 100
 """How many runs of each template its durations are taken from."""
 ALIVE = timedelta(seconds=30)
@@ -148,7 +150,6 @@ class PlanInUse:
     """A plan that unfinished flows have."""
 
     plan: Plan
-    # Counted up to `MAX_COUNTED`.
     flows: int
     fits: CodeFit
 
@@ -169,30 +170,26 @@ def plans_in_use(
 ) -> list[PlanInUse]:
     """Return the plans of unfinished flows, of all templates or one, with how many have each.
 
-    Each plan is found from the one before it by its index, and its flows are counted up to
-    `MAX_COUNTED`.
+    One query counts them all, so it takes longer the more unfinished flows there are.
     """
-    repository = runner.service.repository
-    unfinished = repository.flows.exclude(status__in=[FlowStatus.SUCCEEDED, FlowStatus.CANCELLED])
+    flows = runner.service.repository.flows
+    unfinished = flows.filter(status__in=UNFINISHED)
     if template_name is not None:
         unfinished = unfinished.filter(template_name=template_name)
-    plans: dict[str, Plan] = {}
-    while flow := unfinished.exclude(plan_digest__in=list(plans)).first():
-        plans[flow.plan_digest] = flow.plan
-        if len(plans) == MAX_PLANS:
-            break
-    counts = bounded_counts(
-        [unfinished.filter(plan_digest=digest) for digest in plans], MAX_COUNTED, repository.using
+    counted = (
+        unfinished.order_by().values("plan_digest").annotate(flows=Count("pk"), one=Min("pk"))
     )
+    counts = {row["one"]: row["flows"] for row in counted}
+    plans = {pk: flow.plan for pk, flow in flows.in_bulk(list(counts)).items()}
     templates = runner.templates
     found = []
-    for plan, flows in zip(plans.values(), counts, strict=True):
+    for pk, plan in plans.items():
         template = templates.get(plan.template_name)
         fitting = None if template is None else offer(plan, template.plan)
         fits = CodeFit.NO
         if fitting is not None:
             fits = CodeFit.YES if fitting.up_to >= len(plan.task_names) else CodeFit.SOME
-        found.append(PlanInUse(plan=plan, flows=flows, fits=fits))
+        found.append(PlanInUse(plan=plan, flows=counts[pk], fits=fits))
     return sorted(found, key=lambda item: (item.plan.template_name, item.plan.version))
 
 

@@ -28,7 +28,7 @@ CLAIMABLE = (*WAITING, FlowStatus.RUNNING)
 
 
 _MOST_PLANS = 1000
-"""How many plans of other code a process remembers."""
+"""How many plans of other code a process remembers when their flows are no longer ready."""
 
 
 def transition(
@@ -189,7 +189,10 @@ class StepService:
             return False
         found = self.repository.find_plans(due.plans - known)
         if len(self._plans) + len(found) > _MOST_PLANS:
-            self._plans.clear()
+            # What is ready now is kept, however many plans that are: none is learnt twice.
+            self._plans = {
+                digest: plan for digest, plan in self._plans.items() if digest in due.plans
+            }
         for digest, plan in found.items():
             self._plans[digest] = plan
             code = codes.get(plan.template_name)

@@ -170,3 +170,30 @@ def test_bulk_scheduling_takes_a_few_statements(runner: FlowRunner) -> None:
     assert len({flow.pk for flow in flows}) == 1000
     # Of the flows, SQLite takes 33 in one statement. Eight of them wake a worker each.
     assert len(made) <= (60 if connection.vendor == "sqlite" else 30)
+
+
+@pytest.mark.django_db
+@pytest.mark.skipif(connection.vendor != "mysql", reason="the others show it by their plans")
+def test_a_look_reads_few_rows_however_many_are_ready_or_over(runner: FlowRunner) -> None:
+    runner.register_flow_template(template("wanted"))
+    runner.schedule_flows("wanted", [None] * ROWS)
+    pks = list(FlowExecution.objects.order_by("pk").values_list("pk", flat=True))
+    FlowExecution.objects.filter(pk__in=pks[: ROWS // 2]).update(
+        template_name="gone", plan_digest="0" * 32
+    )
+    FlowExecution.objects.filter(pk__in=pks[-ROWS // 3 :]).update(
+        ready_rank=None, status="SUCCEEDED", finished_at=timezone.now()
+    )
+
+    def rows_read() -> int:
+        with connection.cursor() as cursor:
+            cursor.execute("SHOW SESSION STATUS LIKE 'Handler_read%%'")
+            return sum(int(value) for _, value in cursor.fetchall())
+
+    runner.has_work()
+    before = rows_read()
+    due = runner.service.look(runner.templates.values())
+    read = rows_read() - before
+    assert due.ready
+    assert len(due.plans) == 2
+    assert read < ROWS // 10

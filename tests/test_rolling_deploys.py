@@ -17,6 +17,7 @@ from ebbs_and_flows import (
     Retry,
     Task,
     TemplateDrift,
+    steps,
     task,
 )
 from ebbs_and_flows.integrity import IntegrityCheck
@@ -306,3 +307,16 @@ def test_flows_that_fit_no_live_worker_are_named_with_the_way_out() -> None:
         name="two", started_at=now, seen_at=now, templates=[["t", 1, ["a", "b", "n"]]]
     )
     assert flows_that_fit_no_worker(runner=new) == []
+
+
+def test_any_number_of_plans_that_do_not_fit_is_looked_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(steps, "_MOST_PLANS", 2)
+    for name in "vwxyz":
+        release(f"ab{name}").schedule_flow("t")
+    old = release("ab")
+    assert old.run_next() is None
+    with CaptureQueriesContext(connection) as idle:
+        assert old.run_next() is None
+    assert len([query for query in idle if "SAVEPOINT" not in query["sql"]]) == 1

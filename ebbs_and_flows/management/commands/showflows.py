@@ -32,7 +32,6 @@ from ..outcomes import (
     overview,
     table,
     unregistered_in_words,
-    up_to,
 )
 from ..stopping import StopRequest
 from ..watching import NOTHING, Blocks, Selection, watch
@@ -109,7 +108,7 @@ class Command(FlowCommand):
                 [
                     plan.template_name,
                     str(plan.version),
-                    up_to(stored.flows),
+                    str(stored.flows),
                     stored.fits.value,
                     ", ".join(plan.task_names),
                 ]
