@@ -6,7 +6,6 @@ import copy
 import hashlib
 import logging
 import math
-import re
 import unicodedata
 from collections.abc import Iterator, Mapping
 from datetime import date, datetime
@@ -42,7 +41,6 @@ _REFUSED_CATEGORIES: Final = frozenset({"Cc", "Cs", "Zl", "Zp"})
 
 _KEY_PARTS: Final = (str, int, Decimal, UUID, date, datetime)
 """Types whose values have one text on every machine and in every release."""
-_PLAIN_NAME: Final = re.compile("[A-Za-z0-9_.-]+")
 
 T = TypeVar("T")
 
@@ -207,9 +205,9 @@ class ExecutionContext(Mapping[str, Any]):
         """A key for one call to an outside system, which can tell a repeated call by it.
 
         It is made of the flow's random token and the task's name alone: it is the same over all
-        attempts and reschedules, deploys and restores, and never the same in two flows. It has at
-        most 250 printable ASCII characters, and is empty outside of a task. That it was read is
-        stored first; raises `ClaimLost` if another worker holds the flow.
+        attempts and reschedules, deploys and restores, and never the same in two flows. It has 32
+        hexadecimal digits, and is empty outside of a task. That it was read is stored first.
+        Raises `ClaimLost` if another worker holds the flow.
         """
         return self._key()
 
@@ -239,12 +237,9 @@ class ExecutionContext(Mapping[str, Any]):
             return ""
         if self._attempt is not None:
             self._attempt.mark_idempotency_key_used()
-        name = self.task_name
-        if not parts and _PLAIN_NAME.fullmatch(name):
-            return f"{self._token}-{name}"
-        # Header fields and columns of outside systems take neither every character nor length.
-        text = encode([name, *parts])
-        return f"{self._token}-{hashlib.sha256(text.encode()).hexdigest()}"
+        # A digest, so that an outside system learns no token, and gets what fits a header.
+        text = encode([self._token, self.task_name, *parts])
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
 
     @property
     def log(self) -> logging.LoggerAdapter[logging.Logger]:

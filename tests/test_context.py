@@ -179,7 +179,7 @@ def test_a_copy_can_be_added_to_and_keeps_the_attributes(copied: Any) -> None:
     context.add("b", 2)
     assert context == {"a": 1, "b": 2}
     assert original == {"a": 1}
-    assert metadata(context) == (7, "charge", 2, "5e-charge")
+    assert metadata(context) == (7, "charge", 2, task_context().idempotency_key)
 
 
 def test_with_entries_leaves_the_original_as_it_is() -> None:
