@@ -24,7 +24,7 @@ from .bounded import bounded_counts, oldest_due, stored_template_names
 from .conf import get_settings
 from .engines import get_engine
 from .models import FlowExecution, WorkerProcess
-from .plans import Plan, difference, offer
+from .plans import Fit, Plan, difference, fit, offer
 from .runner import FlowRunner, flow_runner
 from .status import WAITING, FlowStatus
 
@@ -50,6 +50,8 @@ class Trouble(StrEnum):
 
     NO_WORKER = "no worker"
     """No worker is alive."""
+    NO_CODE = "no code"
+    """Workers are alive, and none has the code that fits."""
     NOT_TAKEN = "not taken"
     """Workers are alive and have been free for long enough."""
 
@@ -66,6 +68,8 @@ class Standing:
     free_workers: int
     # None when all is well.
     trouble: Trouble | None = None
+    # Which flow fits the code of no live worker, and why, when that is the trouble.
+    unfit: str = ""
 
     @property
     def is_well(self) -> bool:
@@ -81,6 +85,8 @@ class Standing:
         command = get_engine().worker_command
         if self.trouble is Trouble.NO_WORKER:
             return f"{due}, and no worker is alive: start one with manage.py {command}."
+        if self.trouble is Trouble.NO_CODE:
+            return f"{due}, and no live worker has the code for it. {self.unfit}"
         return (
             f"{due}, and none of the free workers ({self.free_workers}) takes it: restart what"
             f" runs manage.py {command}."
@@ -103,10 +109,13 @@ def standing(runner: FlowRunner = flow_runner, *, at: datetime | None = None) ->
         alive=Count("pk", filter=Q(seen_at__gte=now - ALIVE)),
         free=Count("pk", filter=Q(seen_at__gte=now - ALIVE, idle_since__lte=now - longest)),
     )
-    trouble = None
+    trouble, unfit = None, []
     if oldest is not None and oldest > longest:
+        unfit = flows_that_fit_no_worker(runner)
         if not workers["alive"]:
             trouble = Trouble.NO_WORKER
+        elif unfit:
+            trouble = Trouble.NO_CODE
         elif workers["free"]:
             trouble = Trouble.NOT_TAKEN
     return Standing(
@@ -114,6 +123,7 @@ def standing(runner: FlowRunner = flow_runner, *, at: datetime | None = None) ->
         workers=workers["alive"],
         free_workers=workers["free"],
         trouble=trouble,
+        unfit=unfit[0] if unfit else "",
     )
 
 
@@ -193,41 +203,51 @@ def plans_in_use(
     return sorted(found, key=lambda item: (item.plan.template_name, item.plan.version))
 
 
-def flows_that_fit_no_worker(
-    template_name: str | None = None, runner: FlowRunner = flow_runner
-) -> list[str]:
-    """Return a sentence for each plan of which waiting flows fit the code of no live worker.
+def flows_that_fit_no_worker(runner: FlowRunner = flow_runner) -> list[str]:
+    """Return a sentence for each plan of which due flows fit the code of no live worker.
 
-    None where no worker is alive: what is known of no worker fits none.
+    There is none where no worker is alive. It takes one small query for each plan of due flows.
     """
+    repository = runner.service.repository
+    codes = live_codes(runner)
+    if not codes:
+        return []
+    found = []
+    for digest, plan in repository.ready_plans().items():
+        fitting = [item for code in codes if (item := offer(plan, code)) is not None]
+        left = repository.flows.filter(
+            plan_digest=digest,
+            ready_rank__isnull=False,
+            current_task_index__gt=max((item.up_to for item in fitting), default=-1),
+        )
+        flow = left.order_by("ready_rank", "run_at", "id").first()
+        if flow is not None:
+            found.append(why_it_fits_none(flow, codes))
+    return found
+
+
+def live_codes(runner: FlowRunner = flow_runner) -> set[Plan]:
+    """Return the plans of the templates that live workers have published."""
     repository = runner.service.repository
     alive = WorkerProcess.objects.using(repository.using).filter(
         seen_at__gte=repository.now() - ALIVE
     )
-    published = list(alive.values_list("templates", flat=True)[:MAX_WORKERS])
-    codes = {Plan.of(*template) for templates in published for template in templates}
-    if not codes:
-        return []
-    waiting = repository.flows.filter(status__in=[*WAITING, FlowStatus.RUNNING])
-    found = []
-    for stored in plans_in_use(template_name, runner):
-        plan = stored.plan
-        known = [code for code in codes if code.template_name == plan.template_name]
-        fitting = [item for code in known if (item := offer(plan, code)) is not None]
-        up_to = max((item.up_to for item in fitting), default=-1)
-        left = waiting.filter(
-            plan_digest=plan.digest, current_task_index__gt=up_to, lease_expires_at=None
-        ).first()
-        if left is None:
-            continue
-        if not known:
-            why = f"no live worker knows {plan.template_name!r}: restart the workers"
-        else:
-            newest = max(known, key=lambda code: code.version)
-            index = left.current_task_index
-            why = f"{difference(plan, index, newest)}: restart the workers, or use adoptflows"
-        found.append(f"Flow {left.pk} fits no live worker: {why}.")
-    return found
+    published = alive.order_by("-seen_at").values_list("templates", flat=True)[:MAX_WORKERS]
+    return {Plan.of(*template) for templates in published for template in templates}
+
+
+def why_it_fits_none(flow: FlowExecution, codes: Iterable[Plan]) -> str:
+    """Return why none of the codes takes a flow, and the way out; empty if one does."""
+    plan, index = flow.plan, flow.current_task_index
+    known = [code for code in codes if code.template_name == plan.template_name]
+    if any(fit(plan, index, code) is not Fit.LEAVES for code in known):
+        return ""
+    if not known:
+        why = f"no live worker knows {plan.template_name!r}: restart the workers"
+    else:
+        newest = max(known, key=lambda code: code.version)
+        why = f"{difference(plan, index, newest)}: restart the workers, or use adoptflows"
+    return f"Flow {flow.pk} fits no live worker: {why}."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -267,8 +287,8 @@ def health(request: HttpRequest) -> JsonResponse:
     """Answer a probe: 200 with `{"status": "up"}`, else 503 with `{"status": "down"}`.
 
     It is up when the database answers and no flow has been due for more than `MAX_DUE_SECONDS`
-    while no worker was alive, or while live workers were free. Flows that wait for workers which
-    are busy are not counted as trouble.
+    while no worker was alive, none had the code for it, or live workers were free. Flows
+    that wait for workers which are busy are not counted as trouble.
 
     With the header `Authorization: Bearer …`, with `HEALTH_TOKEN`, the answer has the reason in a
     sentence and the figures as well. It never has a value of a flow.

@@ -13,9 +13,15 @@ from django.contrib.admin.models import LogEntry
 from django.contrib.auth.models import User
 from django.http import HttpRequest
 from django.test import Client
+from django.utils import timezone
 
 from ebbs_and_flows import FlowStatus, FlowTemplate, RetryLater, flow_runner, task
-from ebbs_and_flows.models import ExecutionContextEntry, FlowExecution, TaskExecution
+from ebbs_and_flows.models import (
+    ExecutionContextEntry,
+    FlowExecution,
+    TaskExecution,
+    WorkerProcess,
+)
 from ebbs_and_flows.redaction import Redactor
 from ebbs_and_flows.testing import fail_task
 
@@ -293,6 +299,16 @@ def test_a_missing_or_drifted_template_is_said_on_top(admin_client: Client) -> N
     assert "No template &#x27;billing&#x27; is registered here" in page(
         admin_client, f"{LIST}{flow.pk}/change/"
     )
+
+
+def test_a_flow_that_fits_no_live_worker_is_said_on_top(admin_client: Client) -> None:
+    flow = failed()
+    now = timezone.now()
+    WorkerProcess.objects.create(
+        name="one", started_at=now, seen_at=now, templates=[["other", 1, ["a"]]]
+    )
+    shown = page(admin_client, f"{LIST}{flow.pk}/change/")
+    assert "no live worker knows &#x27;billing&#x27;: restart the workers" in shown
 
 
 def test_an_unknown_flow_is_a_message_and_no_traceback(admin_client: Client) -> None:

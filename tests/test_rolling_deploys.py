@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from datetime import timedelta
 
 import pytest
 from django.test.utils import CaptureQueriesContext
@@ -22,8 +23,9 @@ from ebbs_and_flows import (
 )
 from ebbs_and_flows.integrity import IntegrityCheck
 from ebbs_and_flows.models import FlowExecution, FlowTransition, TaskExecution, WorkerProcess
-from ebbs_and_flows.monitoring import flows_that_fit_no_worker, plans_in_use
+from ebbs_and_flows.monitoring import Trouble, flows_that_fit_no_worker, plans_in_use, standing
 from ebbs_and_flows.service import FlowService
+from ebbs_and_flows.testing import move_clock
 
 from .databases import connection
 
@@ -291,22 +293,22 @@ def test_unfinished_flows_are_counted_by_plan() -> None:
 def test_flows_that_fit_no_live_worker_are_named_with_the_way_out() -> None:
     new, old = release("abn"), release("ab")
     flow = new.schedule_flow("t")
-    assert flows_that_fit_no_worker(runner=new) == []
+    assert flows_that_fit_no_worker(new) == []
     now = new.service.repository.now()
     worker = WorkerProcess.objects.create(
         name="one", started_at=now, seen_at=now, templates=[["other", 1, ["a"]]]
     )
-    assert flows_that_fit_no_worker(runner=new) == [
+    assert flows_that_fit_no_worker(new) == [
         f"Flow {flow.pk} fits no live worker: no live worker knows 't': restart the workers."
     ]
     code = old.get_flow_template("t")
     worker.templates = [[code.name, code.version, code.task_names]]
     worker.save()
-    assert "has 'n' as task 2" in flows_that_fit_no_worker(runner=new)[0]
+    assert "has 'n' as task 2" in flows_that_fit_no_worker(new)[0]
     WorkerProcess.objects.create(
         name="two", started_at=now, seen_at=now, templates=[["t", 1, ["a", "b", "n"]]]
     )
-    assert flows_that_fit_no_worker(runner=new) == []
+    assert flows_that_fit_no_worker(new) == []
 
 
 def test_any_number_of_plans_that_do_not_fit_is_looked_at_once(
@@ -320,3 +322,20 @@ def test_any_number_of_plans_that_do_not_fit_is_looked_at_once(
     with CaptureQueriesContext(connection) as idle:
         assert old.run_next() is None
     assert len([query for query in idle if "SAVEPOINT" not in query["sql"]]) == 1
+
+
+def test_health_says_that_no_live_worker_has_the_code() -> None:
+    new = release("abn")
+    new.schedule_flow("t")
+    move_clock(timedelta(hours=1), runner=new)
+    now = new.service.repository.now()
+    worker = WorkerProcess.objects.create(
+        name="one", started_at=now, seen_at=now, templates=[["t", 1, ["a", "b"]]]
+    )
+    stands = standing(new)
+    assert stands.trouble is Trouble.NO_CODE
+    assert "no live worker has the code for it. Flow" in stands.reason
+    assert "'n' as task 2" in stands.reason
+    worker.templates = [["t", 1, ["a", "b", "n"]]]
+    worker.save()
+    assert standing(new).is_well

@@ -14,6 +14,7 @@ from .. import clock
 from ..durations import duration, time_at_work
 from ..exceptions import TemplateDrift
 from ..models import FlowExecution, FlowTransition, TaskExecution
+from ..monitoring import live_codes, why_it_fits_none
 from ..runner import flow_runner
 from ..service import flow_service
 from ..status import FlowStatus
@@ -165,6 +166,9 @@ def _warnings(flow: FlowExecution) -> list[str]:
         flow_service.check_drift(template, flow, flow.current_task_index)
     except TemplateDrift as drift:
         warnings.append(str(drift))
+    codes = live_codes()
+    if codes and flow.lease_expires_at is None and (why := why_it_fits_none(flow, codes)):
+        warnings.append(why)
     return warnings
 
 

@@ -118,6 +118,15 @@ def _alarm(stands: Standing, age: timedelta | None) -> str:
                 )
                 % said
             )
+        case Trouble.NO_CODE:
+            return (
+                _(
+                    "A flow has been due for %(age)s, and no running worker has the code for it."
+                    " Restart what runs manage.py %(command)s; showflows --plans says what"
+                    " differs."
+                )
+                % said
+            )
         case Trouble.NOT_TAKEN:
             return (
                 ngettext(

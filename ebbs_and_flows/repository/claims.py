@@ -217,6 +217,11 @@ class ClaimRepository(StepRepository):
                 ranked += free.update(ready_rank=-F("priority"))
         return ranked
 
+    def ready_plans(self) -> dict[str, Plan]:
+        """Return the plans of all ready flows by digest, by one query and one for each plan."""
+        sql = f"SELECT {_ready_plans(self.connection)}"
+        return self.find_plans(_digests(execute_prepared(self.connection, sql, []).rows[0][0]))
+
     def find_plans(self, digests: Iterable[str]) -> dict[str, Plan]:
         """Return the plans that ready flows have, by their digests: one look-up for each."""
         found = {}

@@ -149,3 +149,23 @@ for _name, _task in FORKS.items():
     flow_runner.register_flow_template(FlowTemplate(_name, tasks=[_task, last]))
 flow_runner.register_flow_template(FlowTemplate("shop-children", tasks=[ends_children, last]))
 flow_runner.register_flow_template(FlowTemplate("shop-limited", tasks=[first], max_running=2))
+
+
+def _release(text: str) -> FlowTemplate:
+    """The template of one release: its tasks, a letter each, and its version, as `abc@1`."""
+
+    def letter(name: str) -> Task:
+        @task(name=name)
+        def run(context: ExecutionContext) -> ExecutionContext:
+            if name == "b" and context.attempt == 1 and context.get("fails"):
+                raise ValueError("no")
+            return context
+
+        return run
+
+    names, version = text.split("@")
+    return FlowTemplate("release", tasks=[letter(name) for name in names], version=int(version))
+
+
+if "EBBS_TEST_RELEASE" in os.environ:
+    flow_runner.register_flow_template(_release(os.environ["EBBS_TEST_RELEASE"]))

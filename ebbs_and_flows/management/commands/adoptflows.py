@@ -36,8 +36,9 @@ class Command(FlowCommand):
                 dry_run=options["dry_run"],
             )
         flows = "1 flow" if number == 1 else f"{number} flows"
-        verb = "would have" if options["dry_run"] else ("has" if number == 1 else "have")
+        has = "has" if number == 1 else "have"
+        verb = "would get" if options["dry_run"] else f"{has} now"
         self.stdout.write(
             f"{flows} of template {template.name!r} {verb} the plan of version"
-            f" {template.version} now: {', '.join(template.task_names)}."
+            f" {template.version}: {', '.join(template.task_names)}."
         )

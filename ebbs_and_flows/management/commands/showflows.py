@@ -115,7 +115,7 @@ class Command(FlowCommand):
             )
         if not as_json:
             self.stdout.write(table(rows) if len(rows) > 1 else "There are no unfinished flows.")
-            for sentence in flows_that_fit_no_worker(template_name):
+            for sentence in flows_that_fit_no_worker():
                 self.stdout.write(sentence)
 
     def _watch(self, options: dict[str, Any]) -> None:
