@@ -106,8 +106,9 @@ class WatchedRun:
 
     def lose(self, lost: ClaimLost) -> None:
         """Take in that the claim is lost: the task can learn it, and nothing more is written."""
-        self.lost = lost
+        # Logged first: the task can learn of it only when the log has it.
         report_claim_lost(self.run, lost)
+        self.lost = lost
 
 
 class Heartbeat:

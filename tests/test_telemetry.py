@@ -389,11 +389,12 @@ def test_an_attempt_whose_commit_is_refused_is_an_error(
 
 
 def test_a_flow_that_does_not_even_start_says_why(runner: FlowRunner, exported: Exported) -> None:
-    flow_of(runner, Script("one"), Script("two"))
+    tasks = [Script("one"), Script("two")]
+    runner.register_flow_template(FlowTemplate("billing", tasks=tasks, version=2))
     flow = runner.schedule_flow("billing")
-    # The first task was done under a name that the template does not have.
+    # The first task was done under a name that the newer template does not have.
     FlowExecution.objects.filter(pk=flow.pk).update(
-        task_names=["gone", "two"], current_task_index=1
+        task_names=["gone", "two"], current_task_index=1, template_version=1
     )
     assert runner.run_flow_execution(flow).status == FlowStatus.FAILED
     assert (exported.one("run two").attributes or {})["error.type"] == "TemplateDrift"
