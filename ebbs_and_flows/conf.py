@@ -30,11 +30,11 @@ class Settings:
     MAX_LOG_BYTES: int = 64 * 1024
     """The size of what an attempt logged at most, in bytes of UTF-8; 0 keeps nothing."""
     KEEP_DAYS: float = 0
-    """For how many days a flow that succeeded or was cancelled is kept; 0 is for ever."""
+    """For how many days a flow that succeeded or was cancelled is kept; 0 is forever."""
     KEEP_FAILED_DAYS: float = 0
-    """For how many days a flow that failed is kept; 0 is for ever."""
+    """For how many days a flow that failed is kept; 0 is forever."""
     KEEP_VALUES_DAYS: float = 0
-    """For how many days a flow that succeeded or was cancelled keeps its values; 0 is for ever."""
+    """For how many days a flow that succeeded or was cancelled keeps its values; 0 is forever."""
     ENGINE: str = "ebbs_and_flows.engines.django_q.DjangoQEngine"
     """The dotted path of the class that wakes a queue's workers; `engines/` has three."""
     MAX_DUE_SECONDS: float = 60

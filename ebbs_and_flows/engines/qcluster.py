@@ -94,7 +94,7 @@ class _Position:
         if self.counts:
             # Nothing but a process that was killed holds the lock of a counter for long.
             return True
-        # Without the counter's lock, which may be held for ever as well.
+        # Without the counter's lock, which may be held forever too.
         size = self.call.f_locals["self"].size.count.get_obj().value
         return bool(size > 0 if self.is_idle else size < (Conf.QUEUE_LIMIT or sys.maxsize))
 
@@ -247,7 +247,7 @@ def _is_set(event: Event) -> bool:
 def _stay_at_sigterm() -> None:
     """Have the guard ignore SIGTERM: the main process tells it to stop.
 
-    When the guard ends while the main process is telling it to, that waits for ever.
+    When the guard ends while the main process is telling it to, that waits forever.
     """
     if _guard is not None and _guard.pid == os.getpid():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)

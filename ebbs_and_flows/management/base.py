@@ -77,7 +77,7 @@ class SafeOutput(OutputWrapper):
 class FlowCommand(BaseCommand):
     """A command whose output never undoes nor hides its work.
 
-    It ends quietly when nobody reads its output any more, as under `head`.
+    It ends quietly when no one reads its output any more, as under `head`.
     """
 
     @property  # type: ignore[override]
@@ -104,7 +104,7 @@ class FlowCommand(BaseCommand):
             try:
                 super().run_from_argv(argv)
             finally:
-                # Here and not at the interpreter's end, where nobody can catch what it raises.
+                # Here and not at the interpreter's end, where no one can catch what it raises.
                 self.stdout.flush()
         except BrokenPipeError:
             self._drop_output()
