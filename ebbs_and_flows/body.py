@@ -11,9 +11,11 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
-from asgiref.sync import async_to_sync
+from asgiref.current_thread_executor import CurrentThreadExecutor
+from asgiref.sync import SyncToAsync, async_to_sync
 from django.db import DatabaseError, InterfaceError, connections
 
 from .child_processes import SameProcess
@@ -344,9 +346,22 @@ def _result(task: Task, context: ExecutionContext, limit: Limit) -> object:
         with interrupt_after(limit, _end_queries), SameProcess():
             result = task.run(context)
     if not isinstance(result, ExecutionContext) and inspect.isawaitable(result):
-        # Not by the alarm: what is awaited would go on in its own thread.
-        result = async_to_sync(_wait_for)(result, limit.left)
+        # The event loop, which has a thread of its own, cancels what is awaited. The alarm ends
+        # what `sync_to_async` has this thread do meanwhile.
+        with interrupt_after(limit, _end_queries, _is_called_by_a_coroutine):
+            result = async_to_sync(_wait_for)(result, limit.left)
     return result
+
+
+def _is_called_by_a_coroutine(frame: FrameType | None) -> bool:
+    """Whether a thread runs a function for `sync_to_async`, and does not wait for a coroutine."""
+    while frame is not None:
+        if frame.f_code is CurrentThreadExecutor.run_until_future.__code__:
+            return False
+        if frame.f_code is SyncToAsync.thread_handler.__code__:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def drop_connections() -> None:

@@ -37,11 +37,14 @@ class Limit:
 
 
 def interrupt_after(
-    limit: Limit, before_interruption: Callable[[], None] = lambda: None
+    limit: Limit,
+    before_interruption: Callable[[], None] = lambda: None,
+    may_interrupt: Callable[[FrameType | None], bool] = lambda frame: True,
 ) -> AbstractContextManager[None]:
     """Raise `Overdue` within the block when the limit is over, in the main thread of a process.
 
-    `before_interruption()` is called where the block is interrupted.
+    `before_interruption()` is called where the block is interrupted. Where `may_interrupt(frame)`
+    is false of the frame that the alarm has stopped, nothing is raised until the next alarm.
 
     Somebody else's alarm, such as a queue's own time-out, is held back meanwhile and is due again
     afterwards; one that is due first goes off in its time, by its own handler. In another thread,
@@ -54,17 +57,22 @@ def interrupt_after(
         or threading.current_thread() is not threading.main_thread()
     ):
         return nullcontext()
-    return _Alarm(limit, seconds, before_interruption)
+    return _Alarm(limit, seconds, before_interruption, may_interrupt)
 
 
 class _Alarm(AbstractContextManager[None]):
     """Our alarm in the place of somebody else's, who gets it back with the time that is left."""
 
     def __init__(
-        self, limit: Limit, seconds: float, before_interruption: Callable[[], None]
+        self,
+        limit: Limit,
+        seconds: float,
+        before_interruption: Callable[[], None],
+        may_interrupt: Callable[[FrameType | None], bool],
     ) -> None:
         self._limit = limit
         self._before_interruption = before_interruption
+        self._may_interrupt = may_interrupt
         self._seconds = seconds
         self._theirs: Any = signal.getsignal(signal.SIGALRM)
         self._their_seconds, self._their_interval = signal.getitimer(signal.ITIMER_REAL)
@@ -94,6 +102,8 @@ class _Alarm(AbstractContextManager[None]):
         if _is_at_an_end_of_the_block(frame):
             # What is raised there would leave the alarm set.
             signal.setitimer(signal.ITIMER_REAL, _SOON_SECONDS, _AGAIN_SECONDS)
+            return
+        if not self._may_interrupt(frame):
             return
         self._before_interruption()
         raise Overdue

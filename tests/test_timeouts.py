@@ -13,6 +13,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
+from asgiref.sync import async_to_sync, sync_to_async
 from django.db import connections, transaction
 from django.utils import timezone
 
@@ -180,6 +181,66 @@ def test_an_async_task_that_swallows_its_cancellation_fails_all_the_same(
     assert dict(flow.execution_context) == {}
 
 
+def test_a_function_that_blocks_a_coroutine_is_interrupted(runner: FlowRunner) -> None:
+    """The function runs in the main thread, which is where queries of a coroutine run too."""
+
+    async def blocked(context: ExecutionContext) -> ExecutionContext:
+        await sync_to_async(time.sleep)(LONG)
+        return context
+
+    began = time.monotonic()
+    flow, error, output = outcome(runner, limited(0.1, blocked))
+    assert time.monotonic() - began < LONG
+    assert (flow.status, error) == (FlowStatus.FAILED, "TaskTimeout")
+    assert output.startswith("TaskTimeout: Task 'slow' took longer than its timeout of 0.1 s.")
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+def test_a_coroutine_within_a_function_within_a_coroutine_is_cancelled(
+    runner: FlowRunner,
+) -> None:
+    """The alarm does not end the wait for a coroutine, which would go on in its loop."""
+    ended: list[bool] = []
+
+    async def inner() -> None:
+        try:
+            await asyncio.sleep(LONG)
+        finally:
+            await asyncio.sleep(0.2)
+            ended.append(True)
+
+    async def outer(context: ExecutionContext) -> ExecutionContext:
+        await sync_to_async(async_to_sync(inner))()
+        return context
+
+    flow, error, _ = outcome(runner, limited(0.1, outer))
+    assert ended == [True]
+    assert (flow.status, error) == (FlowStatus.FAILED, "TaskTimeout")
+
+
+def test_i3_the_next_attempt_waits_for_a_thread_that_the_last_one_has_started(
+    runner: FlowRunner,
+) -> None:
+    """A thread cannot be interrupted, so its attempt ends when the thread does."""
+    ended: list[bool] = []
+
+    def block() -> None:
+        time.sleep(0.5)
+        ended.append(True)
+
+    async def start_thread(context: ExecutionContext) -> ExecutionContext:
+        if context.attempt == 1:
+            await sync_to_async(block, thread_sensitive=False)()
+        return context.with_entries(ended=list(ended))
+
+    retry = Retry(attempts=2, delay=0, jitter=False, on=(TimeoutError,))
+    flow, error, _ = outcome(runner, limited(0.1, start_thread, retry=retry))
+    assert (flow.status, error) == (FlowStatus.RESCHEDULED, "TaskTimeout")
+    assert ended == [True]
+    flow = runner.run_flow_execution(flow)
+    assert dict(flow.execution_context) == {"ended": [True]}
+
+
 # Another alarm
 
 
@@ -289,10 +350,15 @@ def hang_and_translate(context: ExecutionContext) -> ExecutionContext:
         raise ValueError("no luck") from error
 
 
+async def hang_in_a_coroutine(context: ExecutionContext) -> ExecutionContext:
+    return await sync_to_async(hang)(context)
+
+
 @pytest.mark.skipif(connection.vendor == "sqlite", reason="SQLite's queries are not interrupted")
 @pytest.mark.parametrize("atomic", [False, True])
 @pytest.mark.parametrize(
-    "body", [hang, hang_and_swallow, hang_in_a_transaction, hang_and_translate]
+    "body",
+    [hang, hang_and_swallow, hang_in_a_transaction, hang_and_translate, hang_in_a_coroutine],
 )
 def test_a_connection_that_was_interrupted_in_a_query_is_thrown_away(
     runner: FlowRunner, body: Callable[..., Any], atomic: bool
