@@ -28,6 +28,7 @@ from django.test.utils import CaptureQueriesContext
 from ebbs_and_flows import (
     ExecutionContext,
     FlowRunner,
+    FlowStatus,
     FlowTemplate,
     Task,
     TaskStatus,
@@ -69,6 +70,11 @@ def other(context: ExecutionContext) -> ExecutionContext:
     return context
 
 
+@task
+def broken(context: ExecutionContext) -> ExecutionContext:
+    raise ValueError("no")
+
+
 @task(name="first")
 def first(context: ExecutionContext) -> ExecutionContext:
     return context
@@ -103,6 +109,46 @@ def test_a_deploy_that_puts_a_task_before_the_failed_one_keeps_its_key() -> None
     after.run_flow_execution(after.reschedule_flow_execution(flow))
     assert len(charge.keys) == 2
     assert len(set(charge.keys)) == 1
+
+
+DEPLOYS = {
+    "insert": ["1: first charge", "1: first other charge"],
+    "move": ["1: first charge other", "2: first other charge"],
+    "remove": ["1: first charge other", "2: first broken charge", "3: first charge"],
+    "remove a completed task and roll back": [
+        "1: first other charge",
+        "2: first charge",
+        "3: first other charge",
+    ],
+    "roll back": ["2: first charge", "1: first other charge"],
+}
+"""Releases one after the other: a version, and the names of the tasks."""
+
+
+@pytest.mark.django_db
+@pytest.mark.parametrize("releases", DEPLOYS.values(), ids=list(DEPLOYS))
+def test_no_deploy_changes_the_key_of_a_failed_task(releases: list[str]) -> None:
+    charge = Charge(fails=1)
+    tasks: dict[str, Task] = {"first": first, "other": other, "broken": broken, "charge": charge}
+    flow, last_version = None, 0
+    for release in releases:
+        version, names = release.split(":")
+        template = FlowTemplate(
+            "billing", tasks=[tasks[name] for name in names.split()], version=int(version)
+        )
+        runner = FlowRunner()
+        runner.register_flow_template(template)
+        if flow is None:
+            flow = runner.schedule_flow("billing")
+        elif template.version < last_version:
+            assert runner.service.adopt_plan(template, reason="rolled back") == 1
+        last_version = template.version
+        if flow.status == FlowStatus.FAILED:
+            runner.reschedule_flow_execution(flow)
+        flow = runner.run_flow_execution(flow)
+    assert flow is not None
+    assert flow.status == FlowStatus.SUCCEEDED
+    assert charge.keys == [key_of(flow)] * 2
 
 
 @pytest.mark.django_db
