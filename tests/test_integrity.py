@@ -164,6 +164,33 @@ def test_i3_a_task_that_did_not_wait_for_the_one_ahead_is_found(flow: FlowExecut
     ]
 
 
+@pytest.mark.parametrize("name", ["first", "flaky", "picky"])
+@pytest.mark.parametrize("index", [3, 2])
+def test_i3_a_flow_that_succeeded_without_a_task_of_its_plan_is_found(
+    flow: FlowExecution, name: str, index: int
+) -> None:
+    missing = attempts(flow, task_name=name)
+    ExecutionContextEntry.objects.filter(task_execution__in=missing).delete()
+    missing.delete()
+    FlowExecution.objects.filter(pk=flow.pk).update(current_task_index=index)
+    sentence = f"Task {name} has not succeeded, and the flow went on behind it."
+    assert [said for said in found() if said[0] == "I3"] == [("I3", sentence)]
+
+
+def test_i1_i3_a_worker_that_knew_a_task_less_than_the_plan_is_found(
+    runner: FlowRunner, flow: FlowExecution
+) -> None:
+    longer = FlowTemplate("checked", tasks=[first, flaky, picky, task(name="notify")(picky.run)])
+    plan = longer.plan
+    FlowExecution.objects.filter(pk=flow.pk).update(
+        task_names=list(plan.task_names), plan_digest=plan.digest
+    )
+    assert found() == [
+        ("I1", "It is SUCCEEDED at task 3, and has 4 tasks."),
+        ("I3", "Task notify has not succeeded, and the flow went on behind it."),
+    ]
+
+
 def test_i3_a_claim_that_went_down_is_found(flow: FlowExecution) -> None:
     attempts(flow, task_index=1, attempt=1).update(claim=2)
     attempts(flow, task_index=1, attempt=2).update(claim=1)
