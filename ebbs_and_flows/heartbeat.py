@@ -15,6 +15,7 @@ from queue import Empty, SimpleQueue
 from django.db import connections
 
 from . import telemetry
+from .child_processes import NoFork
 from .conf import get_settings
 from .exceptions import ClaimLost
 from .repository import ClaimedRun
@@ -172,7 +173,8 @@ class Heartbeat:
                 continue
             for watched in runs:
                 if watched.next_beat <= now:
-                    self._beat_one(watched)
+                    with NoFork():
+                        self._beat_one(watched)
 
     @staticmethod
     def _beat_one(watched: WatchedRun) -> None:

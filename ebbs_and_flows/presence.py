@@ -11,6 +11,7 @@ from datetime import timedelta
 from django.db import connections, router
 
 from .activity import activity
+from .child_processes import NoFork
 from .exceptions import UnsupportedDatabase
 from .models import WorkerProcess
 from .repository import DatabaseNow, FlowRepository
@@ -61,7 +62,8 @@ class Presence(threading.Thread):
                 pass
             self._try(self._leave)
         finally:
-            connections.close_all()
+            with NoFork():
+                connections.close_all()
 
     def beat(self) -> float:
         """Do what is to be done now; return the seconds until the next beat."""
@@ -77,20 +79,21 @@ class Presence(threading.Thread):
     def _try(self, action: Callable[[], float], what: str = "") -> float:
         """Do something and return its seconds; where it raises, log that once and return 1."""
         what = what or self.what
-        try:
-            seconds = action()
-        except UnsupportedDatabase as error:
-            if what not in self._failing:
-                logger.error("This worker runs no flows: %s", error)
-            self._failing.add(what)
-            connections.close_all()
-            return REFRESH_SECONDS
-        except Exception:
-            if what not in self._failing:
-                logger.warning("The %s has failed; it tries on.", what, exc_info=True)
-            self._failing.add(what)
-            connections.close_all()
-            return 1.0
+        with NoFork():
+            try:
+                seconds = action()
+            except UnsupportedDatabase as error:
+                if what not in self._failing:
+                    logger.error("This worker runs no flows: %s", error)
+                self._failing.add(what)
+                connections.close_all()
+                return REFRESH_SECONDS
+            except Exception:
+                if what not in self._failing:
+                    logger.warning("The %s has failed; it tries on.", what, exc_info=True)
+                self._failing.add(what)
+                connections.close_all()
+                return 1.0
         if what in self._failing:
             logger.warning("The %s works again.", what)
         self._failing.discard(what)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from django.db import connections
 
 from ebbs_and_flows import FlowStatus, flow_runner
+from ebbs_and_flows.child_processes import NoFork, SameProcess
 from ebbs_and_flows.integrity import IntegrityCheck
 from ebbs_and_flows.models import FlowExecution
+from ebbs_and_flows.presence import Presence
 
+from .databases import FLOWS
 from .shop.flows import FORKS
 from .test_cluster import Start as StartCluster
 from .test_cluster import environment, start_cluster  # noqa: F401
@@ -90,3 +96,49 @@ def test_processes_and_pools_of_a_task_end_at_terminate(
     flow.refresh_from_db()
     assert flow.status == FlowStatus.SUCCEEDED
     assert flow.execution_context["exit_code"] == -signal.SIGTERM
+
+
+class BusyPresence(Presence):
+    """A thread of a worker that uses the database all the time."""
+
+    def beat(self) -> float:
+        self._show()
+        connections.close_all()
+        return 0.0
+
+
+def fork() -> int:
+    """Fork a child that uses the database, and return how it ended."""
+    with SameProcess():
+        child = os.fork()
+        if child:
+            return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        signal.alarm(20)
+        FlowExecution.objects.using(FLOWS).exists()
+    raise AssertionError("a child goes on")
+
+
+def test_a_forked_child_inherits_no_lock_of_a_worker_s_own_thread() -> None:
+    with BusyPresence():
+        for number in range(60):
+            assert fork() == 0, number
+
+
+def test_a_fork_waits_for_a_long_statement_only_for_a_while() -> None:
+    with NoFork():
+        # It must not wait for itself.
+        assert fork() == 0
+    until_forked: list[int] = []
+
+    class StuckPresence(Presence):
+        def beat(self) -> float:
+            is_stuck.append(True)
+            while not until_forked:
+                time.sleep(0.01)
+            return 60.0
+
+    is_stuck: list[bool] = []
+    with StuckPresence():
+        until(lambda: bool(is_stuck), "the thread")
+        until_forked.append(fork())
+    assert until_forked == [0]
