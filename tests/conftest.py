@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from django.conf import settings
-from django.test import TestCase
+from django.test import SimpleTestCase, TestCase
 
 from ebbs_and_flows.runner import FlowRunner
 from ebbs_and_flows.service import FlowService
@@ -20,10 +20,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         _allow_every_database(item)
     if settings.DATABASE == "sqlite":
         return
-    skip = pytest.mark.skip(reason="works on a SQLite file of its own, so once is enough")
     for item in items:
         if item.get_closest_marker("own_database"):
-            item.add_marker(skip)
+            item.add_marker(pytest.mark.skip(reason="uses a SQLite file of its own: runs once"))
+        elif not _uses_database(item):
+            item.add_marker(pytest.mark.skip(reason="uses no database: runs once, with SQLite"))
+
+
+def _uses_database(item: pytest.Item) -> bool:
+    return (
+        item.get_closest_marker("django_db") is not None
+        or "django_db_setup" in item.fixturenames  # type: ignore[attr-defined]
+        or issubclass(getattr(item, "cls", None) or object, SimpleTestCase)
+    )
 
 
 def _allow_every_database(item: pytest.Item) -> None:

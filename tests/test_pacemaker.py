@@ -120,7 +120,7 @@ def test_flows_that_nobody_here_knows_wake_nobody(due: FlowExecution) -> None:
     assert woken_by(FlowRunner()) == 0
 
 
-def test_a_backlog_that_waits_for_an_hour_makes_no_storm_of_messages(runner: FlowRunner) -> None:
+def test_a_backlog_that_waits_makes_no_storm_of_messages(runner: FlowRunner) -> None:
     """20,000 flows, some of them from a moment on."""
     runner.register_flow_template(template())
     flow = runner.schedule_flow("t")
@@ -137,7 +137,7 @@ def test_a_backlog_that_waits_for_an_hour_makes_no_storm_of_messages(runner: Flo
         for number in range(19_999)
     )
     # Within one transaction, a server keeps, and scans, every state that a row ever had.
-    seconds = 3600 if connection.vendor == "sqlite" else 60
+    seconds = 600 if connection.vendor == "sqlite" else 60
     for _ in range(seconds):
         let_a_second_pass()
         runner.wake_worker()
