@@ -121,7 +121,8 @@ class Flows(RuleBasedStateMachine):
                 self.status = S.FAILED
                 return
             self.done += 1
-            if outcome == "cancel":
+            # During the last task nothing is left to be left out.
+            if outcome == "cancel" and self.done < 3:
                 self.status = S.CANCELLED
             elif stop and self.done < 3:
                 return
