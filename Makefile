@@ -38,6 +38,11 @@ chaos: $(VENV)/test.stamp
 chaos-short: $(VENV)/test.stamp
 	$(BIN)/python -m tests.chaos short
 
+# Changes to the protocol's code that no test notices. ARGS="--files heartbeat.py" limits it.
+.PHONY: mutants
+mutants: $(VENV)/test.stamp
+	$(BIN)/python -m tests.mutants $(ARGS)
+
 # A real cluster, each of whose processes is killed 20 times, on the ORM broker and on Redis.
 .PHONY: kill-cluster
 kill-cluster: $(VENV)/test.stamp
