@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -31,6 +32,8 @@ LIVES = ("lived", "unreached")
 
 def main(arguments: list[str]) -> int:
     options = _options(arguments)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: sys.exit(130))
     started = time.monotonic()
     known = {} if options.fresh else _stored(options.state)
     everything = all_mutants(options.files)
@@ -71,6 +74,7 @@ def _options(arguments: list[str]) -> Any:
     parser.add_argument("--seed", type=int, default=0, help="of the choice")
     parser.add_argument("--databases", default="sqlite,postgresql,mariadb")
     parser.add_argument("-n", type=int, default=2, dest="processes", help="processes at once")
+    parser.add_argument("--tests", type=int, default=0, help="for one mutant, at most; 0 for all")
     parser.add_argument(
         "--fresh", action="store_true", help="try again what the last run has killed"
     )
@@ -88,7 +92,16 @@ def _run(database: str, todo: list[Mutant], options: Any) -> dict[str, dict[str,
         directory = Path(name)
         (directory / "todo").write_text(json.dumps([asdict(mutant) for mutant in todo]))
         command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider"]
-        command += ["-p", "no:xdist", "-p", "tests.mutants.plugin", *TESTS]
+        # A failure costs nothing but itself.
+        command += [
+            "--tb=line",
+            "--assert=plain",
+            "-p",
+            "no:xdist",
+            "-p",
+            "tests.mutants.plugin",
+            *TESTS,
+        ]
         children = []
         for share in range(options.processes):
             environment = {
@@ -96,11 +109,14 @@ def _run(database: str, todo: list[Mutant], options: Any) -> dict[str, dict[str,
                 "EBBS_TEST_DATABASE": database,
                 "EBBS_MUTANTS": name,
                 "EBBS_MUTANTS_CACHE": str(options.state.with_suffix(f".{database}.map")),
+                "EBBS_MUTANTS_TESTS": str(options.tests),
                 "EBBS_MUTANTS_SHARE": f"{share}/{options.processes}",
             }
             with (directory / f"output-{share}").open("w") as output:
                 children.append(
-                    subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=2)
+                    subprocess.Popen(
+                        command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT
+                    )
                 )
         try:
             _wait(children, directory, len(todo))
@@ -154,46 +170,43 @@ def _store(state: Path, outcomes: dict[str, dict[str, Any]]) -> None:
     state.write_text("".join(json.dumps(item) + "\n" for item in merged.values()))
 
 
-def _argued() -> list[dict[str, str]]:
-    entries: list[dict[str, str]] = tomllib.loads(ARGUED.read_text()).get("argued", [])
+def _argued() -> list[dict[str, Any]]:
+    entries: list[dict[str, Any]] = tomllib.loads(ARGUED.read_text()).get("argued", [])
     return entries
 
 
-def _is_in(mutant: Mutant, argued: list[dict[str, str]]) -> bool:
+def _is_in(mutant: Mutant, argued: list[dict[str, Any]]) -> bool:
     return any(_fits(mutant, item) for item in argued)
 
 
-def _fits(mutant: Mutant, item: dict[str, str]) -> bool:
-    return (mutant.file, mutant.function, mutant.change) == (
-        item["file"],
-        item["function"],
-        item["change"],
-    )
+def _fits(mutant: Mutant, item: dict[str, Any]) -> bool:
+    same_place = (mutant.file, mutant.function) == (item["file"], item["function"])
+    return same_place and mutant.change in item["changes"]
 
 
 def _report(
     chosen: list[Mutant],
     outcomes: dict[str, dict[str, Any]],
-    argued: list[dict[str, str]],
+    argued: list[dict[str, Any]],
     everything: list[Mutant],
     seconds: float,
 ) -> int:
     alive = [m for m in chosen if outcomes.get(m.key, {}).get("outcome", "lived") in LIVES]
     survivors = [m for m in alive if not _is_in(m, argued)]
-    files = {mutant.file for mutant in everything}
+    there = {(mutant.file, mutant.function, mutant.change) for mutant in everything}
     stale = [
-        item
+        (item["file"], item["function"], change)
         for item in argued
-        if item["file"] in files and not any(_fits(mutant, item) for mutant in everything)
+        for change in item["changes"]
+        if item["file"] in {mutant.file for mutant in everything}
+        and (item["file"], item["function"], change) not in there
     ]
     for mutant in survivors:
         outcome = outcomes.get(mutant.key, {}).get("outcome", "not tried")
         print(f"SURVIVOR {mutant.file}:{mutant.line} {mutant.function}: {mutant.change}")
         print(f"    {outcome}, {outcomes.get(mutant.key, {}).get('tests', 0)} tests")
     for item in stale:
-        print(
-            f"NO LONGER THERE, though argued: {item['file']} {item['function']} {item['change']}"
-        )
+        print("ARGUED, BUT NOT THERE:", *item)
     killed = len(chosen) - len(alive)
     print(
         f"{len(chosen)} mutants: {killed} killed, {len(alive) - len(survivors)} argued,"

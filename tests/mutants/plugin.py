@@ -20,10 +20,12 @@ import threading
 import time
 import types
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 from _pytest.runner import runtestprotocol
 from django.core.management import call_command
@@ -39,6 +41,13 @@ GRACE = 15.0
 _CONSTANTS = (str, int, float, tuple, list, dict, set, frozenset, Q, timedelta)
 
 
+def pytest_configure() -> None:
+    # The smallest example of a failure is not asked for.
+    phases = [hypothesis.Phase.explicit, hypothesis.Phase.generate]
+    hypothesis.settings.register_profile("mutants", phases=phases, database=None)
+    hypothesis.settings.load_profile("mutants")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items[:] = [
         item
@@ -48,6 +57,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_runtestloop(session: pytest.Session) -> bool:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     Trial(session).run()
     return True
 
@@ -63,6 +73,10 @@ class Trial:
         self.lines: dict[str, set[tuple[str, int]]] = {}
         self.took: dict[str, float] = {}
         self.by_id = {item.nodeid: item for item in self.items}
+        # Of each function, the tests that have noticed changes to it: the next ones are tried
+        # with them first.
+        self.killers: dict[tuple[str, str], list[str]] = {}
+        self.most_tests = int(os.environ["EBBS_MUTANTS_TESTS"])
 
     def run(self) -> None:
         self._make_database()
@@ -70,6 +84,7 @@ class Trial:
         listed = [Mutant(**item) for item in json.loads((self.directory / "todo").read_text())]
         for file in {mutant.file for mutant in listed}:
             parsed((PACKAGE / file).read_text())  # Once, and not in each fork.
+        live()
         random.Random(0).shuffle(listed)  # So that the processes do not wait for the slow files.
         with (self.directory / f"results-{self.share}").open("a") as results:
             for mutant in listed:
@@ -165,23 +180,30 @@ class Trial:
         ]
         if not ids:
             return "unreached", "", 0
-        ids.sort(key=self.took.__getitem__)
+        killers = self.killers.setdefault((mutant.file, mutant.function), [])
+        ids.sort(key=lambda nodeid: (nodeid not in killers, self.took[nodeid]))
+        if self.most_tests:
+            del ids[self.most_tests :]
         read, write = os.pipe()
         pid = os.fork()
         if pid == 0:
             os.close(read)
             os.setsid()
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            gc.disable()  # It would touch, and so copy, each page of the parent's memory.
             with LastBlock():
                 apply(mutant)
                 self._run_until_one_fails([self.by_id[nodeid] for nodeid in ids], write)
         os.close(write)
-        outcome = self._watch(pid, read, ids)
+        outcome, by, count = self._watch(pid, read, ids)
         self._clean_database()
-        return outcome
+        if by and by not in killers:
+            killers.append(by)
+        return outcome, by, count
 
     @staticmethod
     def _run_until_one_fails(items: list[pytest.Item], write: int) -> None:
-        for item, following in zip(items, [*items[1:], items[0]], strict=True):
+        for item, following in zip(items, items[1:] + items[:1], strict=True):
             os.write(write, b".")
             reports = runtestprotocol(item, log=False, nextitem=following)
             if any(report.failed for report in reports):
@@ -191,24 +213,23 @@ class Trial:
 
     def _watch(self, pid: int, read: int, ids: list[str]) -> tuple[str, str, int]:
         at, outcome = -1, ""
-        while not outcome:
-            most = GRACE + 10 * (self.took[ids[at]] if at >= 0 else 0)
-            ready, _, _ = select.select([read], [], [], most)
-            said = os.read(read, 1) if ready else b""
-            if said == b".":
-                at += 1
-            elif said == b"E":
-                outcome = "lived"
-            elif said == b"F":
-                outcome = "killed"
-            else:
-                outcome = "ended the process" if ready else "hung"
-        os.close(read)
         try:
-            os.killpg(pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):
+            while not outcome:
+                most = GRACE + 10 * (self.took[ids[at]] if at >= 0 else 0)
+                ready, _, _ = select.select([read], [], [], most)
+                said = os.read(read, 1) if ready else b""
+                if said == b".":
+                    at += 1
+                elif said:
+                    outcome = "lived" if said == b"E" else "killed"
+                else:
+                    outcome = "ended the process" if ready else "hung"
+        finally:
+            os.close(read)
+            with suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
             os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
+            os.waitpid(pid, 0)
         return outcome, "" if outcome == "lived" else ids[max(at, 0)], at + 1
 
 
@@ -272,7 +293,7 @@ def _traced(items: list[pytest.Item]) -> Iterator[tuple[str, bool, float, list[A
     def on_call(frame: Any, event: str, argument: Any) -> Any:
         return in_lines if frame.f_code.co_filename.startswith(prefix) else None
 
-    for item, following in zip(items, [*items[1:], items[0]], strict=True):
+    for item, following in zip(items, items[1:] + items[:1], strict=True):
         reached.clear()
         threading.settrace(on_call)
         sys.settrace(on_call)
@@ -292,26 +313,36 @@ def apply(mutant: Mutant) -> None:
     """Change the code of this process."""
     path = PACKAGE / mutant.file
     code = changed_code(path.read_text(), mutant.number, str(path))
+    functions, caches = live()
     if mutant.is_constant:
         _change_constants(mutant.file, code)
     else:
-        _change_functions(str(path), code)
-    for item in gc.get_objects():
+        changed = {
+            (str(path), item.co_qualname, item.co_firstlineno): item for item in _codes(code)
+        }
+        for key in functions.keys() & changed.keys():
+            for function in functions[key]:
+                if function.__code__ != changed[key]:
+                    function.__code__ = changed[key]
+    for item in caches:
         # What was made with the old code.
-        if isinstance(item, functools._lru_cache_wrapper) and item.__module__.startswith("ebbs"):
-            item.cache_clear()
+        item.cache_clear()
 
 
-def _change_functions(path: str, code: types.CodeType) -> None:
-    changed = {(item.co_qualname, item.co_firstlineno): item for item in _codes(code)}
-    for function in gc.get_objects():
-        if not isinstance(function, types.FunctionType):
-            continue
-        old = function.__code__
-        if old.co_filename == path:
-            new = changed.get((old.co_qualname, old.co_firstlineno))
-            if new is not None and new != old:
-                function.__code__ = new
+@functools.cache
+def live() -> tuple[dict[tuple[str, str, int], list[types.FunctionType]], list[Any]]:
+    """Return the package's functions by where their code is, and its functions with a cache."""
+    functions: dict[tuple[str, str, int], list[types.FunctionType]] = {}
+    caches = []
+    for item in gc.get_objects():
+        if isinstance(item, types.FunctionType):
+            code = item.__code__
+            if code.co_filename.startswith(f"{PACKAGE}/"):
+                key = (code.co_filename, code.co_qualname, code.co_firstlineno)
+                functions.setdefault(key, []).append(item)
+        elif isinstance(item, functools._lru_cache_wrapper) and item.__module__.startswith("ebbs"):
+            caches.append(item)
+    return functions, caches
 
 
 def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
