@@ -34,7 +34,7 @@ from django.db.models import Q
 from pytest_django.plugin import blocking_manager_key
 
 from .mutations import Mutant, changed_code, parsed
-from .scope import PACKAGE
+from .scope import PACKAGE, source
 
 GRACE = 15.0
 """Seconds after which a test has hung, besides ten times what it takes otherwise."""
@@ -83,7 +83,7 @@ class Trial:
         self._map()
         listed = [Mutant(**item) for item in json.loads((self.directory / "todo").read_text())]
         for file in {mutant.file for mutant in listed}:
-            parsed((PACKAGE / file).read_text())  # Once, and not in each fork.
+            parsed(source(file))  # Once, and not in each fork.
         live()
         random.Random(0).shuffle(listed)  # So that the processes do not wait for the slow files.
         with (self.directory / f"results-{self.share}").open("a") as results:
@@ -312,7 +312,7 @@ def _traced(items: list[pytest.Item]) -> Iterator[tuple[str, bool, float, list[A
 def apply(mutant: Mutant) -> None:
     """Change the code of this process."""
     path = PACKAGE / mutant.file
-    code = changed_code(path.read_text(), mutant.number, str(path))
+    code = changed_code(source(mutant.file), mutant.number, str(path))
     functions, caches = live()
     if mutant.is_constant:
         _change_constants(mutant.file, code)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 from .mutations import Mutant, mutants
@@ -91,11 +92,13 @@ TESTS = [
 ]
 
 
+@cache
+def source(file: str) -> str:
+    """Return a file of the package as it was when it was first asked for."""
+    return (PACKAGE / file).read_text()
+
+
 def all_mutants(files: list[str]) -> list[Mutant]:
     """Return the changes to the files, all of them for none."""
     chosen = files or list(FILES)
-    return [
-        mutant
-        for file in chosen
-        for mutant in mutants(file, (PACKAGE / file).read_text(), FILES[file])
-    ]
+    return [mutant for file in chosen for mutant in mutants(file, source(file), FILES[file])]
