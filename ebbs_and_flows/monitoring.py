@@ -25,6 +25,7 @@ from .conf import get_settings
 from .engines import get_engine
 from .models import FlowExecution, WorkerProcess
 from .plans import Fit, Plan, difference, fit, offer
+from .repository import DatabaseNow
 from .runner import FlowRunner, flow_runner
 from .status import WAITING, FlowStatus
 
@@ -203,17 +204,23 @@ def plans_in_use(
     return sorted(found, key=lambda item: (item.plan.template_name, item.plan.version))
 
 
-def flows_that_fit_no_worker(runner: FlowRunner = flow_runner) -> list[str]:
+def flows_that_fit_no_worker(
+    runner: FlowRunner = flow_runner, *, names: Iterable[str] | None = None
+) -> list[str]:
     """Return a sentence for each plan of which due flows fit the code of no live worker.
 
     There is none where no worker is alive. It takes one small query for each plan of due flows.
+    Looks at the templates of these `names` alone, where they are given.
     """
     repository = runner.service.repository
     codes = live_codes(runner)
     if not codes:
         return []
     found = []
+    wanted = None if names is None else set(names)
     for digest, plan in repository.ready_plans().items():
+        if wanted is not None and plan.template_name not in wanted:
+            continue
         fitting = [item for code in codes if (item := offer(plan, code)) is not None]
         left = repository.flows.filter(
             plan_digest=digest,
@@ -229,15 +236,19 @@ def flows_that_fit_no_worker(runner: FlowRunner = flow_runner) -> list[str]:
 def live_codes(runner: FlowRunner = flow_runner) -> set[Plan]:
     """Return the plans of the templates that live workers have published."""
     repository = runner.service.repository
-    alive = WorkerProcess.objects.using(repository.using).filter(
-        seen_at__gte=repository.now() - ALIVE
-    )
+    alive = WorkerProcess.objects.using(repository.using).filter(seen_at__gte=DatabaseNow(-ALIVE))
     published = alive.order_by("-seen_at").values_list("templates", flat=True)[:MAX_WORKERS]
     return {Plan.of(*template) for templates in published for template in templates}
 
 
 def why_it_fits_none(flow: FlowExecution, codes: Iterable[Plan]) -> str:
-    """Return why none of the codes takes a flow, and the way out; empty if one does."""
+    """Return why none of the live workers' codes takes a flow, and the way out; empty if one does.
+
+    It is empty, too, where no worker is alive, and for a flow that is over or that a worker holds.
+    """
+    codes = list(codes)
+    if not codes or flow.lease_expires_at is not None or flow.status not in UNFINISHED:
+        return ""
     plan, index = flow.plan, flow.current_task_index
     known = [code for code in codes if code.template_name == plan.template_name]
     if any(fit(plan, index, code) is not Fit.LEAVES for code in known):

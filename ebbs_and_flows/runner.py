@@ -612,9 +612,18 @@ class FlowRunner:
         statuses: Sequence[FlowStatus] | None = None,
         templates: Iterable[str] | None = None,
     ) -> int:
-        """Return how many flows of the registered templates could be claimed now."""
+        """Return how many due flows of the registered templates this process could run."""
         wanted = CLAIMABLE if statuses is None else statuses
-        return self.service.count_due(self._chosen(templates), wanted)
+        return self.service.count_due(self._chosen(templates).values(), wanted)
+
+    def count_due_for_others(
+        self,
+        statuses: Sequence[FlowStatus] | None = None,
+        templates: Iterable[str] | None = None,
+    ) -> dict[str, int]:
+        """Return how many due flows of each registered template other code has to run."""
+        wanted = CLAIMABLE if statuses is None else statuses
+        return self.service.count_due_for_others(self._chosen(templates).values(), wanted)
 
     def _run(self, run: ClaimedRun, worker: Worker) -> None:
         with activity.running():

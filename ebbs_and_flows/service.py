@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from django.db import IntegrityError
-from django.db.models import QuerySet
+from django.db.models import Count, Min, QuerySet
 
 from . import telemetry
 from .actors import check_actor
@@ -26,6 +26,7 @@ from .exceptions import (
 from .flows import FlowTemplate
 from .models import FlowExecution, FlowTemplateState, TaskExecution
 from .outputs import error_message
+from .plans import offer
 from .repository import DatabaseNow
 from .signals import announce_status, announce_task
 from .status import ALLOWED_TRANSITIONS, FINISHED, WAITING, FlowStatus, TaskStatus
@@ -113,7 +114,10 @@ class FlowService(BulkService):
         *,
         template_names: Iterable[str] | None = None,
     ) -> FlowExecution | None:
-        """Return the best due flow in a status, unclaimed; None if none is due."""
+        """Return the best due flow in a status, unclaimed; None if none is due.
+
+        Whether some process has the code that its plan needs is not looked at.
+        """
         return self.repository.due([self.check_strategy(strategy)], template_names).first()
 
     def get_flow_task_execution_history(self, flow: FlowOrPk) -> list[TaskExecution]:
@@ -139,10 +143,36 @@ class FlowService(BulkService):
         }
 
     def count_due(
-        self, template_names: Iterable[str], statuses: Sequence[FlowStatus] = CLAIMABLE
+        self, templates: Iterable[FlowTemplate], statuses: Sequence[FlowStatus] = CLAIMABLE
     ) -> int:
-        """Return how many flows could be claimed now."""
-        return self.repository.due(statuses, template_names).count()
+        """Return how many due flows a process with these templates could run."""
+        return sum(fitting for fitting, _ in self._count_due(templates, statuses).values())
+
+    def count_due_for_others(
+        self, templates: Iterable[FlowTemplate], statuses: Sequence[FlowStatus] = CLAIMABLE
+    ) -> dict[str, int]:
+        """Return how many due flows of each template have a plan that does not fit it."""
+        counted = self._count_due(templates, statuses)
+        return {name: left for name, (_, left) in counted.items() if left}
+
+    def _count_due(
+        self, templates: Iterable[FlowTemplate], statuses: Sequence[FlowStatus]
+    ) -> dict[str, tuple[int, int]]:
+        """Return by template how many due flows fit it and how many do not."""
+        codes = {template.name: template.plan for template in templates}
+        due = self.repository.due(statuses, codes)
+        of_plan = due.order_by().values("plan_digest").annotate(flows=Count("pk"), one=Min("pk"))
+        groups = {row["one"]: (row["plan_digest"], row["flows"]) for row in of_plan}
+        counted: dict[str, tuple[int, int]] = {}
+        for pk, flow in self.repository.flows.in_bulk(list(groups)).items():
+            digest, flows = groups[pk]
+            fitting = offer(flow.plan, codes[flow.template_name])
+            fit = 0 if fitting is None else flows
+            if fitting is not None and fitting.up_to < len(flow.plan.task_names):
+                fit = due.filter(plan_digest=digest, current_task_index__lte=fitting.up_to).count()
+            before = counted.get(flow.template_name, (0, 0))
+            counted[flow.template_name] = (before[0] + fit, before[1] + max(0, flows - fit))
+        return counted
 
     def count_waiting_for_later(self, template_names: Iterable[str]) -> int:
         """Return how many flows wait for a moment that has not come."""

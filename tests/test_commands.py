@@ -121,6 +121,7 @@ def test_runflows_json_is_an_object_a_line(folder: str) -> None:
         "handed_back": 0,
         "waiting_for_later": 0,
         "not_registered": {},
+        "left_to_other_code": {},
     }
 
 
@@ -206,7 +207,7 @@ def test_flows_of_a_template_that_is_not_registered_are_told_of(
         assert "registered" not in run("runflows", "--status", "rescheduled")
         counts = {"shop-quick": 2, "shop-waits": 1}
         assert json.loads(run("runflows", "--json"))["not_registered"] == counts
-        with django_assert_max_num_queries(3):
+        with django_assert_max_num_queries(4):
             assert run("showflows").endswith(f"\n{two}{one}")
         assert run("showflows", "--template", "shop-waits").endswith(f"\n{one}")
         waits = "\nIt waits for template 'shop-quick', which is not registered here.\n"

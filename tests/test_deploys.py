@@ -71,6 +71,7 @@ def test_an_old_worker_leaves_what_new_code_has_scheduled(old: str, new: str) ->
     flow = FlowExecution.objects.get()
     assert (flow.status, flow.claim) == (FlowStatus.SCHEDULED, 0)
     assert "left to workers with other code" in said
+    assert "1 due flow of template 'release' does not fit the code here" in said
     run(new, "runflows")
     flow.refresh_from_db()
     assert flow.status == FlowStatus.SUCCEEDED

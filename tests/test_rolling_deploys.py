@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 
 import pytest
+from django.core.management import call_command
 from django.test.utils import CaptureQueriesContext
 
 from ebbs_and_flows import (
@@ -309,6 +310,54 @@ def test_flows_that_fit_no_live_worker_are_named_with_the_way_out() -> None:
         name="two", started_at=now, seen_at=now, templates=[["t", 1, ["a", "b", "n"]]]
     )
     assert flows_that_fit_no_worker(new) == []
+
+
+def test_only_due_flows_that_fit_are_counted_as_due() -> None:
+    short, long = release("ab"), release("anb")
+    for done in range(3):
+        flow = short.schedule_flow("t", priority=done)
+        for _ in range(done):
+            hand_back(short)
+    long.schedule_flow("t", run_at=long.service.repository.now() + timedelta(days=1))
+    long.schedule_flow("t")
+    # One of the three has succeeded.
+    assert short.service.get_flow_execution(flow).status == FlowStatus.SUCCEEDED
+    assert (short.count_due(), short.count_due_for_others()) == (2, {"t": 1})
+    assert (long.count_due(), long.count_due_for_others()) == (3, {})
+    assert (long.count_due([FlowStatus.SCHEDULED]), long.count_due(templates=[])) == (2, 0)
+
+
+def test_a_flow_that_has_come_too_far_is_not_counted_as_due() -> None:
+    old, new = release("abc"), release("nabc")
+    old.schedule_flow("t", priority=1)
+    hand_back(old)
+    old.schedule_flow("t")
+    assert (new.count_due(), new.count_due_for_others()) == (1, {"t": 1})
+    assert new.has_work()
+    assert new.run_next() is not None
+    assert (new.count_due(), new.has_work(), new.run_next()) == (0, False, None)
+
+
+def test_showflows_says_that_no_live_worker_has_the_code(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def said(*arguments: str) -> str:
+        call_command("showflows", *arguments)
+        return capsys.readouterr().out
+
+    new = release("abn")
+    flow = new.schedule_flow("t")
+    assert "no live worker" not in said() + said(str(flow.pk))
+    now = new.service.repository.now()
+    WorkerProcess.objects.create(
+        name="one", started_at=now, seen_at=now, templates=[["t", 1, ["a", "b"]]]
+    )
+    why = f"Flow {flow.pk} fits no live worker: its plan, version 1, has 'n' as task 2"
+    assert said().count(why) == 1
+    assert said(str(flow.pk)).count(why) == 1
+    assert why not in said("--status", "succeeded")
+    new.run_next()
+    assert "no live worker" not in said() + said(str(flow.pk))
 
 
 def test_any_number_of_plans_that_do_not_fit_is_looked_at_once(

@@ -166,8 +166,7 @@ def _warnings(flow: FlowExecution) -> list[str]:
         flow_service.check_drift(template, flow, flow.current_task_index)
     except TemplateDrift as drift:
         warnings.append(str(drift))
-    codes = live_codes()
-    if codes and flow.lease_expires_at is None and (why := why_it_fits_none(flow, codes)):
+    if why := why_it_fits_none(flow, live_codes()):
         warnings.append(why)
     return warnings
 

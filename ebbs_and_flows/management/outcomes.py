@@ -151,6 +151,16 @@ def unregistered_in_words(counts: Mapping[str, int]) -> list[str]:
     ]
 
 
+def left_in_words(counts: Mapping[str, int]) -> list[str]:
+    """Return a sentence for each template of which due flows need other code."""
+    return [
+        f"{count} due {'flow' if count == 1 else 'flows'} of template {name!r}"
+        f" {'does' if count == 1 else 'do'} not fit the code here, and"
+        f" {'is' if count == 1 else 'are'} left to other workers: see showflows --plans."
+        for name, count in counts.items()
+    ]
+
+
 def up_to(count: int) -> str:
     """Return a figure that was counted up to a limit."""
     return f"{count}+" if count == MAX_COUNTED else str(count)

@@ -21,7 +21,7 @@ from ..arguments import positive, refusals
 from ..base import FlowCommand
 from ..displays import Bar, Display, JsonLines, Lines, live_progress, shown_below_logs
 from ..foreground import Choice, check_database, run_due
-from ..outcomes import Outcome, unregistered_in_words
+from ..outcomes import Outcome, left_in_words, unregistered_in_words
 from ..processes import Crew
 from ..stopping import ParentsStop, StopRequest
 
@@ -178,13 +178,18 @@ class Command(FlowCommand):
         try:
             later = self._count_waiting_for_later(choice)
             unregistered = self._unregistered(choice)
+            left = self._left_to_others(choice)
         except (DatabaseError, InterfaceError) as error:
             # A watch outlives its database, and so does the sum.
             if not (choice.watch and is_outage(error)):
                 raise
-            later, unregistered = None, {}
+            later, unregistered, left = None, {}, {}
         if as_json:
-            rest = {"waiting_for_later": later, "not_registered": unregistered}
+            rest = {
+                "waiting_for_later": later,
+                "not_registered": unregistered,
+                "left_to_other_code": left,
+            }
             self.stdout.write(json.dumps({**tally.as_json, **rest}))
             return
         self.stdout.write(tally.sentence)
@@ -192,7 +197,7 @@ class Command(FlowCommand):
             self.stdout.write(f"{later} {'waits' if later == 1 else 'wait'} for later.")
         if later is not None:
             self._tell_of_pauses(choice)
-        for sentence in unregistered_in_words(unregistered):
+        for sentence in (*unregistered_in_words(unregistered), *left_in_words(left)):
             self.stdout.write(sentence)
         if tally.failed:
             self.stdout.write("To continue what failed from the failed task: rerunflow --failed")
@@ -202,7 +207,7 @@ class Command(FlowCommand):
         service = flow_runner.service
         for name in sorted(service.paused_templates()):
             if choice.templates is None or name in choice.templates:
-                number = service.count_due([name])
+                number = flow_runner.count_due(templates=[name])
                 if number:
                     wait = "1 flow waits" if number == 1 else f"{number} flows wait"
                     self.stdout.write(f"{wait} because the template {name} is paused.")
@@ -212,6 +217,11 @@ class Command(FlowCommand):
         if choice.templates is not None:
             return {}
         return waiting_unregistered(statuses=[FlowStatus(s) for s in choice.statuses or WAITING])
+
+    @staticmethod
+    def _left_to_others(choice: Choice) -> dict[str, int]:
+        statuses = None if choice.statuses is None else [FlowStatus(s) for s in choice.statuses]
+        return flow_runner.count_due_for_others(statuses, choice.templates)
 
     @staticmethod
     def _count_waiting_for_later(choice: Choice) -> int:

@@ -17,11 +17,19 @@ from ...durations import duration, time_at_work
 from ...entry_codec import from_stored
 from ...exceptions import UnreadableValue
 from ...models import ExecutionContextEntry, FlowExecution, TaskExecution
-from ...monitoring import flows_that_fit_no_worker, plans_in_use, waiting_unregistered
+from ...monitoring import (
+    UNFINISHED,
+    flows_that_fit_no_worker,
+    live_codes,
+    plans_in_use,
+    waiting_unregistered,
+    why_it_fits_none,
+)
 from ...redaction import redact_stored, redact_value
 from ...runner import flow_runner
 from ...service import flow_service
 from ...status import WAITING, FlowStatus
+from ...steps import CLAIMABLE
 from ..arguments import actor, flow_ids, known_template, positive, refusals, storable_name
 from ..base import FlowCommand
 from ..outcomes import (
@@ -170,6 +178,9 @@ class Command(FlowCommand):
             names = {outcome.template for outcome in listed if outcome.status in WAITING}
             for sentence in unregistered_in_words(waiting_unregistered(names=names)):
                 self.stdout.write(sentence)
+            names = {outcome.template for outcome in listed if outcome.status in CLAIMABLE}
+            for sentence in flows_that_fit_no_worker(names=names) if names else ():
+                self.stdout.write(sentence)
 
     def _show(self, pks: list[int], values: bool, as_json: bool) -> None:
         flows: dict[int, FlowExecution] = {}
@@ -180,6 +191,8 @@ class Command(FlowCommand):
                 flow_service.get_flow_execution(pk)
         details = _Details(flows)
         listed = outcomes(flows[pk] for pk in pks)
+        is_over = all(flow.status not in UNFINISHED for flow in flows.values())
+        codes = set() if as_json or is_over else live_codes()
         if not as_json:
             self.stdout.write(overview(listed))
         for outcome in listed:
@@ -188,9 +201,10 @@ class Command(FlowCommand):
             if as_json:
                 self.stdout.write(json.dumps(details.as_json(outcome, values)))
             else:
-                self._show_one(outcome, details, values)
+                unfit = why_it_fits_none(flows[outcome.id], codes)
+                self._show_one(outcome, details, values, unfit)
 
-    def _show_one(self, outcome: Outcome, details: _Details, values: bool) -> None:
+    def _show_one(self, outcome: Outcome, details: _Details, values: bool, unfit: str) -> None:
         entries = details.entries[outcome.id]
         names = "" if values else ", ".join(entries)
         self.stdout.write(
@@ -201,6 +215,8 @@ class Command(FlowCommand):
             self.stdout.write(
                 f"It waits for template {outcome.template!r}, which is not registered here."
             )
+        if unfit:
+            self.stdout.write(unfit)
         if outcome.id in details.rerun_of:
             self.stdout.write(f"Rerun of #{details.rerun_of[outcome.id]}.")
         if details.reruns[outcome.id]:
