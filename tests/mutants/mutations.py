@@ -232,7 +232,7 @@ def _in_statement(parent: Any, field: str, index: int, node: ast.stmt) -> Iterat
             yield from _in_expression(node, "value", None)
     elif isinstance(node, ast.Return):
         if node.value is not None:
-            if not (isinstance(node.value, ast.Constant) and node.value.value is None):
+            if not (isinstance(node.value, ast.Constant) and not node.value.value):
                 nothing = ast.Constant(None)
                 yield Site(node, "value", None, nothing, f"return None, not {_shown(node.value)}")
             yield from _in_expression(node, "value", None)

@@ -181,7 +181,10 @@ class Trial:
         if not ids:
             return "unreached", "", 0
         killers = self.killers.setdefault((mutant.file, mutant.function), [])
-        ids.sort(key=lambda nodeid: (nodeid not in killers, self.took[nodeid]))
+        # Then with those that name an invariant, and the quick ones.
+        ids.sort(
+            key=lambda nodeid: (nodeid not in killers, "::test_i" not in nodeid, self.took[nodeid])
+        )
         if self.most_tests:
             del ids[self.most_tests :]
         read, write = os.pipe()

@@ -65,6 +65,7 @@ FILES: dict[str, frozenset[str]] = {
 # The quick ones, of one process each. Those of the pages and commands are left out.
 TESTS = [
     "tests/test_fence.py",
+    "tests/test_bystanders.py",
     "tests/test_runner.py",
     "tests/test_service.py",
     "tests/test_repository.py",
