@@ -13,9 +13,11 @@ from django.db import connections
 from django.utils import timezone
 
 from ebbs_and_flows import FlowRunner, FlowTemplate, task
+from ebbs_and_flows.bounded import oldest_due, stored_template_names
 from ebbs_and_flows.models import FlowExecution
+from ebbs_and_flows.repository.database import FLOW
 
-from .databases import atomic, connection
+from .databases import FLOWS, atomic, connection
 
 ROWS = 3000
 
@@ -42,6 +44,13 @@ def plan(sql: str, parameters: Any) -> str:
     with connection.cursor() as cursor:
         cursor.execute(how + sql, parameters)
         return "\n".join(str(row[-1]) for row in cursor.fetchall())
+
+
+def rows_read() -> int:
+    """Return how many rows and index entries this session of MariaDB has read."""
+    with connection.cursor() as cursor:
+        cursor.execute("SHOW SESSION STATUS LIKE 'Handler_read%%'")
+        return sum(int(value) for _, value in cursor.fetchall())
 
 
 @pytest.mark.django_db
@@ -185,11 +194,6 @@ def test_a_look_reads_few_rows_however_many_are_ready_or_over(runner: FlowRunner
         ready_rank=None, status="SUCCEEDED", finished_at=timezone.now()
     )
 
-    def rows_read() -> int:
-        with connection.cursor() as cursor:
-            cursor.execute("SHOW SESSION STATUS LIKE 'Handler_read%%'")
-            return sum(int(value) for _, value in cursor.fetchall())
-
     runner.has_work()
     before = rows_read()
     due = runner.service.look(runner.templates.values())
@@ -197,3 +201,39 @@ def test_a_look_reads_few_rows_however_many_are_ready_or_over(runner: FlowRunner
     assert due.ready
     assert len(due.plans) == 2
     assert read < ROWS // 10
+
+
+@pytest.mark.django_db
+@pytest.mark.parametrize("look", ["names", "oldest"])
+def test_health_reads_few_rows_however_many_flows_there_are(runner: FlowRunner, look: str) -> None:
+    names = {"busy", "over", "later"}
+    for name in names:
+        runner.register_flow_template(template(name))
+    for priority in (0, 1, 2):
+        runner.schedule_flows("busy", [None] * (ROWS // 6), priority=priority)
+    pks = [flow.pk for flow in runner.schedule_flows("over", [None] * (ROWS // 2))]
+    FlowExecution.objects.filter(pk__in=pks).update(
+        ready_rank=None, status="SUCCEEDED", finished_at=timezone.now()
+    )
+    later = timezone.now() + timedelta(days=1)
+    runner.schedule_flows("later", [None] * (ROWS // 2), run_at=later)
+    with connection.cursor() as cursor:
+        is_mysql = connection.vendor == "mysql"
+        cursor.execute(f"ANALYZE {f'TABLE {FLOW}' if is_mysql else ''}")
+    before = rows_read() if is_mysql else 0
+    with statements() as made:
+        if look == "names":
+            assert stored_template_names(FLOWS) == names
+        else:
+            assert oldest_due(names, FLOWS) is not None
+    if is_mysql:
+        assert rows_read() - before < ROWS // 10
+        return
+    ((sql, parameters),) = made
+    steps = plan(sql, parameters)
+    assert f"Seq Scan on {FLOW}" not in steps
+    assert f"SCAN {FLOW}" not in steps
+    if look == "oldest":
+        assert "ebbs_flow_ready" in steps
+        assert "ebbs_flow_template" not in steps
+        assert "ebbs_flow_list" not in steps
