@@ -33,6 +33,8 @@ _random = random.SystemRandom()
 """Not the shared one: a task that seeds that would give every retry the same delay."""
 RIGHTS = ("schedule", "reschedule", "rerun", "cancel", "complete", "pause")
 """What a template may ask a permission of its own for."""
+_SHORT = 20
+"""Characters of a value that may stand by chance within a word of a form's message."""
 _PERMISSION = re.compile(r"[A-Za-z_]\w*\.[A-Za-z_]\w*")
 _MAX_DELAY: Final = 300
 """The longest wait for a retry by default, in seconds."""
@@ -238,8 +240,25 @@ def _without_values(problem: ValidationError, given: Iterable[Any]) -> str:
     message = str(problem.message)
     said = message % parameters if problem.params else message
     for text in texts:
-        said = re.sub(rf"(?<!\w){re.escape(text)}(?!\w)", "…", said)
+        said = _without_word(said, text)
     return said
+
+
+def _without_word(said: str, text: str) -> str:
+    """Return a message with an ellipsis for a text, where it is not a part of a word."""
+    if len(text) > _SHORT:
+        # Wherever it is, which is one look at each character.
+        return said.replace(text, "…")
+    parts, at, found = [], 0, said.find(text)
+    while found >= 0:
+        end = found + len(text)
+        around = said[max(found - 1, 0) : found] + said[end : end + 1]
+        if any(character.isalnum() or character == "_" for character in around):
+            found = said.find(text, found + 1)
+            continue
+        parts += [said[at:found], "…"]
+        at, found = end, said.find(text, end)
+    return "".join([*parts, said[at:]])
 
 
 def _as_form_data(parameters: type[BaseForm], given: Mapping[str, Any]) -> dict[str, Any]:

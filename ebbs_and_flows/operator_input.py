@@ -12,7 +12,7 @@ import base64
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal, InvalidOperation
 from enum import Enum, Flag
@@ -46,6 +46,7 @@ FindRow = Callable[[type[Model], str, Any], Model | None]
 MAX_DECIMAL_EXPONENT: Final = 1_000
 """Beyond it, a Decimal of a few characters costs seconds as soon as something computes with it."""
 _MAX_ERROR: Final = 300
+_MAX_OF_A_HASH: Final = 50
 _MALFORMED: Final = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
 
@@ -266,6 +267,8 @@ def _sequence(kind: type) -> Callable[[Any, Any, FindRow], Any]:
     def read(value: Any, node: Any, find_row: FindRow) -> Any:
         items = _read_items(_expect(list, value, node), node.get("value", []), find_row)
         try:
+            if kind is not tuple:
+                _check_hashes(items)
             return kind(items)
         except TypeError:
             raise UnreadableInput(_("A set cannot hold a list or an object.")) from None
@@ -280,9 +283,27 @@ def _pairs(value: Any, node: Any, find_row: FindRow) -> dict[Any, Any]:
             _("This is a mapping whose names are not all texts: give pairs, such as [[1, 2]].")
         )
     try:
-        return {key: item for key, item in _read_items(pairs, node["value"], find_row)}  # noqa: C416
+        items = _read_items(pairs, node.get("value", []), find_row)
+        _check_hashes(key for key, _item in items)
+        return {key: item for key, item in items}  # noqa: C416
     except TypeError:
         raise UnreadableInput(_("A list or an object cannot be a name.")) from None
+
+
+def _check_hashes(items: Iterable[Any]) -> None:
+    """Refuse items that a set or dict would compare with each other, which is quadratic work.
+
+    Numbers have the hash that they leave divided by 2**61 - 1, so that anyone can find more.
+    """
+    of_hash: dict[int, list[Any]] = {}
+    for item in items:
+        same = of_hash.setdefault(hash(item), [])
+        if item not in same:
+            same.append(item)
+        if len(same) > _MAX_OF_A_HASH:
+            raise UnreadableInput(
+                _("Too many of these values have the same hash in Python: give fewer of them.")
+            )
 
 
 def _scalar(name: str, example: str, convert: Callable[[str, Any], Any]) -> Any:

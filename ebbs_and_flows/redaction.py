@@ -19,7 +19,8 @@ from .exceptions import ImproperSetting
 
 MASK: Final = "********************"
 
-_WORD: Final = re.compile(r"[A-Z]++(?![a-z])|[A-Z]?(?:[a-z]|[^\W\d_A-Z])++|[A-Z]|\d++")
+# Capitals and what follows them: one look at each character.
+_WORD: Final = re.compile(r"(?P<capitals>[A-Z]*+)(?P<rest>[^\W\d_A-Z]*+)")
 # A name starts where no name goes on, and takes all of itself: one look at each character.
 _NAME: Final = re.compile(r"""(?<![\w-])(?P<name>[\w-]++)["'\\)\]]*+[^\S\n]*+[:=]=?+[^\S\n]*+""")
 _SCHEME: Final = re.compile(r"(?:Bearer|Basic|Digest|Token|Negotiate)\s++", re.IGNORECASE)
@@ -33,6 +34,7 @@ _VALUE: Final = re.compile(
     re.VERBOSE | re.DOTALL,
 )
 _USER_IN_URL: Final = re.compile(r"""://[^\s/"'<>]*@""")
+_PART: Final = 200
 _CLOSING: Final = {"{": "}", "[": "]", "(": ")"}
 _BRACKETS: Final = re.compile(r"[{}\[\]()]")
 _NAMING: Final = frozenset({"name", "key", "field", "label", "header", "parameter", "param"})
@@ -93,8 +95,17 @@ class Redactor:
     @staticmethod
     def split(name: str) -> list[str]:
         """Return the words of a name, in lower case, without its numbers."""
-        plain = unicodedata.normalize("NFKC", name)
-        return [word.lower() for word in _WORD.findall(plain) if not word.isdigit()]
+        words = []
+        for found in _WORD.finditer(_normalized(name)):
+            capitals, rest = found.groups()
+            if rest == "s":
+                # A plural, as in `PINs`.
+                rest = ""
+            if capitals and rest:
+                # As in `OTPCode`: the last capital begins the next word.
+                capitals, rest = capitals[:-1], capitals[-1] + rest
+            words += [word.lower() for word in (capitals, rest) if word]
+        return words
 
     def value(self, name: str, value: Any) -> Any:
         """Return a parsed JSON value with what is secret in it masked; `name` is what it is of."""
@@ -161,6 +172,15 @@ class Redactor:
             if depth == 0:
                 return bracket.end()
         return len(text)
+
+
+def _normalized(name: str) -> str:
+    """Return a name with look-alikes of letters as those letters."""
+    if name.isascii():
+        return name
+    # In parts, because the work on a run of combining characters is quadratic.
+    parts = (name[at : at + _PART] for at in range(0, len(name), _PART))
+    return "".join(unicodedata.normalize("NFKC", part) for part in parts)
 
 
 @lru_cache(maxsize=8)

@@ -27,6 +27,7 @@ MAX_ATTEMPTS = 2_000
 MAX_TEXTS = 12
 MAX_LISTED = 10
 MAX_LOG_LINES = 300
+LEVELS = frozenset({"DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"})
 LONG_TEXTS = ("output", "traceback", "log")
 
 
@@ -50,6 +51,11 @@ class LogLine:
     level: str
     logger: str
     message: str
+
+    @property
+    def css(self) -> str:
+        """The end of the class of its row."""
+        return self.level.lower() if self.level in LEVELS else "other"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,7 +23,7 @@ from .actions import FLOW_ACTIONS
 from .attempts import MAX_ATTEMPTS, flow_attempts, running_attempt, task_rows
 from .entries import entry_groups
 from .pages import page_context, values_deleted
-from .pieces import moment, pill, progress, reported_progress, trace_link
+from .pieces import cut, moment, pill, progress, reported_progress, trace_link
 from .rights import (
     attempts_of,
     entries_of,
@@ -35,6 +35,7 @@ from .timeline import timeline_rows
 
 MAX_TRANSITIONS = 200
 MAX_RERUNS = 20
+MAX_REASON = 500
 TEMPLATE = "admin/ebbs_and_flows/flowexecution/page.html"
 
 
@@ -181,7 +182,7 @@ def _transitions(flow: FlowExecution) -> list[dict[str, Any]]:
             "from": pill(row.from_status) if row.from_status else "",
             "to": pill(row.to_status),
             "actor": row.actor,
-            "reason": row.reason,
+            "reason": cut(row.reason, MAX_REASON),
         }
         for row in rows.order_by("-pk")[:MAX_TRANSITIONS]
     ][::-1]

@@ -78,6 +78,12 @@ def in_words(seconds: float) -> str:
     return ngettext("%s hour", "%s hours", 2) % f"{seconds / 3600:.3g}"
 
 
+def cut(text: str, length: int) -> str:
+    """Return a text, or its beginning and an ellipsis, of at most `length` characters."""
+    # Not Django's `Truncator`, whose work on combining characters is quadratic.
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
 def moment(value: datetime | None) -> SafeString | str:
     """Return a moment: short to the eye, all of it to the pointer and to machines."""
     if value is None:

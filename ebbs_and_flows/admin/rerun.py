@@ -14,7 +14,6 @@ from django.db.models.functions import Left, Length
 from django.http import HttpRequest, HttpResponse, HttpResponseRedirect
 from django.template.response import TemplateResponse
 from django.utils.html import format_html
-from django.utils.text import Truncator
 from django.utils.translation import gettext as _
 from django.utils.translation import gettext_lazy
 from django.views.decorators.debug import sensitive_variables
@@ -29,7 +28,7 @@ from .access import values_shown
 from .entries import flow_entries
 from .forms import JsonTextarea
 from .pages import actor, flow_url, log, page_context
-from .pieces import pill, progress
+from .pieces import cut, pill, progress
 from .queries import bounded_counts
 from .rights import entries_of, may_see_values
 from .rows import visible_rows
@@ -237,7 +236,7 @@ def _made(
     changed = ""
     if changes:
         # The names, and never the values.
-        names = Truncator(", ".join(changes)).chars(500)
+        names = cut(", ".join(changes), 500)
         changed = "; " + _("changed: %(names)s") % {"names": names}
     did = _("Rerun from %(task)s as #%(id)s") % {"task": task, "id": rerun.pk}
     log(request, flow, CHANGE, did + changed)

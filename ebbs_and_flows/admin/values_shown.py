@@ -12,8 +12,10 @@ from ..entry_codec import from_stored, is_encoded
 from ..exceptions import UnreadableValue
 from ..operator_input import NoPlainForm, plain, type_name
 from ..redaction import MASK, is_secret, redact_text, redact_value
+from .pieces import cut
 
 FOLDED_ABOVE = 160
+MAX_LINE = 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +29,11 @@ class ShownValue:
     text: str
     is_long: bool
     json: str = ""
+
+    @property
+    def beginning(self) -> str:
+        """The beginning of the text, for a line."""
+        return cut(self.text, MAX_LINE)
 
 
 def shown_value(name: str, stored: str, size: int) -> ShownValue:
@@ -50,10 +57,11 @@ def shown_value(name: str, stored: str, size: int) -> ShownValue:
         return ShownValue(type="", text=str(error), is_long=False)
     try:
         node = json.loads(stored)
+        masked = redact_value(name, node)
+        text = _readable(_plain(masked))
     except (ValueError, RecursionError):
+        # Written by hand: a context stores nothing that is nested so deeply.
         return ShownValue(type="", text=redact_text(stored), is_long=len(stored) > FOLDED_ABOVE)
-    masked = redact_value(name, node)
-    text = _readable(_plain(masked))
     return ShownValue(
         type=type_name(node),
         text=text,
