@@ -146,12 +146,15 @@ def last_step(stage: Stage) -> None:
     assert_over(stage, FlowStatus.SUCCEEDED)
 
 
-def assert_over(stage: Stage, status: FlowStatus) -> None:
+def assert_over(stage: Stage, status: FlowStatus, *, was_free: bool = False) -> None:
     now = stage.now
     assert (now.status, now.lease_expires_at, now.ready_rank) == (status, None, None)
     assert not now.cancel_requested
     assert now.finished_at is not None
-    assert now.finished_at >= (stage.last.finished_at or now.finished_at)
+    # The last attempt ends with the flow, if it was running.
+    assert stage.last.finished_at is not None
+    assert now.finished_at == stage.last.finished_at or was_free
+    assert now.finished_at >= stage.last.finished_at >= stage.last.started_at
     path = FlowTransition.objects.filter(flow_execution=stage.flow.pk).order_by("pk")
     assert path.last().to_status == status
 
@@ -341,7 +344,7 @@ def change_by_hand(stage: Stage) -> None:
 def cancellation_at_once(stage: Stage) -> None:
     hand_back(stage)
     stage.service.cancel(stage.flow, actor="ada")
-    assert_over(stage, FlowStatus.CANCELLED)
+    assert_over(stage, FlowStatus.CANCELLED, was_free=True)
 
 
 def cancellation_of_a_held_flow(stage: Stage) -> None:

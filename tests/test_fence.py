@@ -10,7 +10,9 @@ from django.db.models import F
 from django.utils import timezone
 
 from ebbs_and_flows import ExecutionContext, FlowRunner, FlowTemplate, task
+from ebbs_and_flows.exceptions import ClaimLost
 from ebbs_and_flows.models import FlowExecution, TaskExecution
+from ebbs_and_flows.outputs import Failure
 from ebbs_and_flows.repository import ClaimedRun
 from ebbs_and_flows.service import FlowService
 from ebbs_and_flows.status import FlowStatus, TaskStatus
@@ -88,6 +90,61 @@ def test_i6_a_lost_claim_reports_no_progress(
     before = stored(run)
     assert service.repository.report_progress(run, "{}", LEASE) is False
     assert stored(run) == before
+
+
+@LOST
+def test_i6_a_worker_learns_at_its_next_beat_that_its_claim_is_lost(
+    service: FlowService, run: ClaimedRun, lose: Any
+) -> None:
+    lose(run)
+    before = stored(run)
+    for progress in (None, "{}"):
+        with pytest.raises(ClaimLost, match=f"Flow {run.flow.pk} "):
+            service.renew_lease(run, run.task_execution_id, progress)
+    assert stored(run) == before
+
+
+@LOST
+@pytest.mark.parametrize("next_task", ["b", None])
+def test_i6_a_step_under_a_lost_claim_raises_and_writes_nothing(
+    service: FlowService, run: ClaimedRun, lose: Any, next_task: str | None
+) -> None:
+    if lose is hand_back:
+        FlowExecution.objects.filter(pk=run.flow.pk).update(cancel_requested=True)
+    lose(run)
+    before = stored(run)
+    with pytest.raises(ClaimLost, match=f"Flow {run.flow.pk} "):
+        service.succeed_step(run, {"a": "1"}, next_task)
+    assert stored(run) == before
+
+
+@pytest.mark.parametrize("next_task", ["b", None])
+def test_i6_a_fence_that_does_not_hold_is_no_reason_to_cancel(
+    service: FlowService, run: ClaimedRun, next_task: str | None
+) -> None:
+    FlowExecution.objects.filter(pk=run.flow.pk).update(current_task_index=1)
+    before = stored(run)
+    with pytest.raises(ClaimLost, match=f"Flow {run.flow.pk} "):
+        service.succeed_step(run, {"a": "1"}, next_task)
+    with pytest.raises(ClaimLost), service.repository.step():
+        service.fail_step(run, Failure.without_traceback("ValueError", "no"))
+    assert stored(run) == before
+
+
+@pytest.mark.parametrize("lose", [take_over, end])
+def test_i6_an_attempt_that_is_lost_or_over_marks_no_key(
+    service: FlowService, run: ClaimedRun, lose: Any
+) -> None:
+    lose(run)
+    with pytest.raises(ClaimLost):
+        service.mark_idempotency_key_used(run)
+    assert not stored(run)["attempts"][0]["used_idempotency_key"]
+
+
+def test_i6_an_attempt_that_has_ended_marks_no_key(service: FlowService, run: ClaimedRun) -> None:
+    service.repository.finish_attempt(run.task_execution_id, status=TaskStatus.SUCCEEDED)
+    assert service.repository.mark_idempotency_key_used(run) is False
+    assert not stored(run)["attempts"][0]["used_idempotency_key"]
 
 
 @pytest.mark.parametrize("status", [status for status in FlowStatus if status != "RUNNING"])

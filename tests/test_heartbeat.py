@@ -443,3 +443,65 @@ def test_a_question_that_is_refused_does_not_abort_the_transaction_of_an_atomic_
     ended = runner.run_flow()
     assert ended is not None
     assert (ended.status, dict(ended.execution_context)) == ("SUCCEEDED", {"answer": False})
+
+
+@pytest.fixture
+def watched(runner: FlowRunner) -> WatchedRun:
+    """A run that a worker has just claimed, with a lease of 300 s."""
+    template = runner.register_flow_template(FlowTemplate("long", tasks=[task(name="a")(id)]))
+    run = runner.service.claim_flow(runner.schedule_flow("long"), template, "a worker")
+    assert run is not None
+    return WatchedRun(runner.service, run, timedelta(seconds=300))
+
+
+def at_the_earliest(watched: WatchedRun, act: Callable[[], Any], seconds: float) -> bool:
+    """Whether after the act the next beat is that many seconds away."""
+    before = time.monotonic()
+    act()
+    return before + seconds <= watched.next_beat <= time.monotonic() + seconds
+
+
+def test_i6_a_lease_is_renewed_three_times_before_it_ends(watched: WatchedRun) -> None:
+    again = partial(
+        watched.__init__,  # type: ignore[misc]
+        watched.service,
+        watched.run,
+        timedelta(seconds=300),
+    )
+    assert at_the_earliest(watched, again, 100)
+    assert at_the_earliest(watched, watched.beat, 100)
+
+
+def test_i6_a_beat_that_failed_is_repeated_soon_and_reported_once(watched: WatchedRun) -> None:
+    assert at_the_earliest(watched, watched.put_off, 1)
+    assert watched.put_off() is None
+    watched.beat()
+    left = watched.put_off()
+    assert left is not None
+    assert 0 < left <= 300
+    brief = WatchedRun(watched.service, watched.run, timedelta(seconds=3))
+    assert at_the_earliest(brief, brief.put_off, 0.5)
+
+
+def test_the_next_progress_waits_for_a_second_after_the_last(watched: WatchedRun) -> None:
+    watched.report(1, None, "")
+    assert watched.next_beat <= time.monotonic()
+    watched.beat()
+    assert not watched.has_news
+    before = time.monotonic()
+    watched.report(2, None, "")
+    assert before < watched.next_beat <= before + 1
+
+
+def test_a_fork_forgets_the_runs_of_any_heartbeat_and_the_thread_ends_with_its_process(
+    watched: WatchedRun,
+) -> None:
+    heart = Heartbeat()
+    heart.begin(watched)
+    assert all(thread.daemon for thread in beats())
+    pid = os.fork()
+    if pid == 0:
+        os._exit(1 if heart._runs or heart._is_beating else 0)
+    assert os.waitpid(pid, 0)[1] == 0
+    heart.end(watched)
+    assert not heart._runs

@@ -1,0 +1,239 @@
+"""What a claim, a step, a failure and a recovery store, and what they store together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from django.db import DatabaseError
+from django.utils import timezone
+
+from ebbs_and_flows import (
+    ExecutionContext,
+    FlowRunner,
+    FlowTemplate,
+    Retry,
+    RetryLater,
+    task,
+)
+from ebbs_and_flows.models import FlowExecution, FlowTransition, TaskExecution
+from ebbs_and_flows.repository import ClaimedRun
+from ebbs_and_flows.repository.database import STATE, TRANSITION
+from ebbs_and_flows.service import FlowService
+from ebbs_and_flows.signals import task_finished
+from ebbs_and_flows.status import FlowStatus
+
+from .databases import connection
+from .test_fence import Before
+
+pytestmark = pytest.mark.django_db(transaction=True)
+
+
+def template_of(*names: str, **options: Any) -> FlowTemplate:
+    return FlowTemplate("order", tasks=[task(name=name)(lambda c: c) for name in names], **options)
+
+
+def claimed(runner: FlowRunner, template: FlowTemplate, worker: str = "a worker") -> ClaimedRun:
+    flow = runner.schedule_flow(template.name)
+    run = runner.service.claim_flow(flow, template, worker)
+    assert run is not None
+    return run
+
+
+def everything() -> list[Any]:
+    tables = (FlowExecution, TaskExecution, FlowTransition)
+    return [list(table.objects.order_by("pk").values()) for table in tables]
+
+
+def cancelled_at_a_boundary(service: FlowService, run: ClaimedRun) -> None:
+    FlowExecution.objects.filter(pk=run.flow.pk).update(cancel_requested=True)
+    with pytest.raises(DatabaseError):
+        service.succeed_step(run, {}, "b")
+
+
+def refused_after_a_deploy(service: FlowService, run: ClaimedRun) -> None:
+    FlowExecution.objects.filter(pk=run.flow.pk).update(current_task_index=1)
+    run.task_index = 1
+    with pytest.raises(DatabaseError):
+        service.begin(run, template_of("x", "y"))
+
+
+def ended_after_a_deploy(service: FlowService, run: ClaimedRun) -> None:
+    run.attempt = 0
+    with pytest.raises(DatabaseError):
+        service.begin(run, template_of("a", "b"))
+
+
+def recovered(service: FlowService, run: ClaimedRun) -> None:
+    past = timezone.now() - timedelta(seconds=5)
+    FlowExecution.objects.filter(pk=run.flow.pk).update(lease_expires_at=past)
+    with pytest.raises(DatabaseError):
+        service.recover_expired()
+
+
+def changed_by_hand(service: FlowService, run: ClaimedRun) -> None:
+    with pytest.raises(DatabaseError):
+        service.update_flow_status(run.flow, FlowStatus.FAILED)
+
+
+def rescheduled(service: FlowService, run: ClaimedRun) -> None:
+    FlowExecution.objects.filter(pk=run.flow.pk).update(
+        status=FlowStatus.FAILED, lease_expires_at=None
+    )
+    with pytest.raises(DatabaseError):
+        service.reschedule(run.flow)
+
+
+def done_by_hand(service: FlowService, run: ClaimedRun) -> None:
+    FlowExecution.objects.filter(pk=run.flow.pk).update(
+        status=FlowStatus.FAILED, lease_expires_at=None
+    )
+    with pytest.raises(DatabaseError):
+        service.complete_failed_task(run.flow, {"x": 1}, reason="By post.")
+
+
+def cancelled_at_once(service: FlowService, run: ClaimedRun) -> None:
+    FlowExecution.objects.filter(pk=run.flow.pk).update(lease_expires_at=None)
+    with pytest.raises(DatabaseError):
+        service.cancel(run.flow)
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        cancelled_at_a_boundary,
+        refused_after_a_deploy,
+        ended_after_a_deploy,
+        recovered,
+        changed_by_hand,
+        rescheduled,
+        done_by_hand,
+        cancelled_at_once,
+    ],
+)
+def test_i5_a_change_of_status_is_stored_with_its_transition_or_not_at_all(
+    runner: FlowRunner, act: Callable[[FlowService, ClaimedRun], None]
+) -> None:
+    template = runner.register_flow_template(template_of("a", "b"))
+    run = claimed(runner, template)
+
+    def refuse(execute: Any, sql: str, parameters: Any, many: bool, context: Any) -> Any:
+        if TRANSITION in sql and "INSERT" in sql:
+            raise DatabaseError("no more room")
+        return execute(sql, parameters, many, context)
+
+    with connection.execute_wrapper(refuse):
+        act(runner.service, run)
+    flows, attempts, transitions = everything()
+    assert [item["to_status"] for item in transitions] == ["CREATED", "SCHEDULED", "RUNNING"]
+    assert [item["status"] for item in attempts] == ["RUNNING"]
+    expected = "FAILED" if act in {rescheduled, done_by_hand} else "RUNNING"
+    assert [item["status"] for item in flows] == [expected]
+    assert not runner.service.repository.stored_entries(run.flow.pk)
+
+
+def test_what_asks_for_later_gives_the_next_task_no_further_attempts(runner: FlowRunner) -> None:
+    @task
+    def asks(context: ExecutionContext) -> ExecutionContext:
+        if context.attempt < 3:
+            raise RetryLater(0)
+        return context
+
+    @task(retry=Retry(attempts=2, delay=0))
+    def fails(context: ExecutionContext) -> ExecutionContext:
+        raise ValueError("no")
+
+    runner.register_flow_template(FlowTemplate("order", tasks=[asks, fails]))
+    flow = runner.schedule_flow("order")
+    while runner.run_next() is not None:
+        pass
+    attempts = TaskExecution.objects.filter(flow_execution=flow.pk).order_by("pk")
+    assert [item.task_name for item in attempts] == ["asks"] * 3 + ["fails"] * 2
+
+
+def test_i2_a_task_that_a_deploy_puts_at_the_cursor_has_its_whole_allowance(
+    runner: FlowRunner,
+) -> None:
+    runner.register_flow_template(template_of("a", "b"))
+    flow = runner.schedule_flow("order")
+    FlowExecution.objects.filter(pk=flow.pk).update(forgiven_attempts=2, interruptions=1)
+    new = template_of("c", "b", version=2)
+    run = runner.service.claim_flow(runner.service.get_flow_execution(flow), new, "a worker")
+    assert run is not None
+    assert runner.service.begin(run, new)
+    now = runner.service.get_flow_execution(flow)
+    assert (now.forgiven_attempts, now.interruptions) == (0, 0)
+    assert (run.forgiven_attempts, run.interruptions) == (0, 0)
+    assert now.task_names == ["c", "b"]
+
+
+def test_a_task_that_was_never_tried_has_no_last_attempt(runner: FlowRunner) -> None:
+    run = claimed(runner, runner.register_flow_template(template_of("a", "b")))
+    last = runner.service.repository.last_attempt
+    assert [last(run.flow.pk, name) for name in "ab"] == [1, 0]
+
+
+@pytest.mark.parametrize("max_running", [None, 2])
+@pytest.mark.parametrize("at_once", [True, False])
+def test_i1_what_is_to_be_recovered_comes_first_unless_asked_otherwise(
+    runner: FlowRunner, max_running: int | None, at_once: bool
+) -> None:
+    template = runner.register_flow_template(template_of("a", max_running=max_running))
+    run = claimed(runner, template)
+    past = timezone.now() - timedelta(seconds=5)
+    FlowExecution.objects.filter(pk=run.flow.pk).update(lease_expires_at=past)
+    ready = runner.schedule_flow("order")
+    taken, due = runner.service.look_and_claim([template], "another worker", at_once=at_once)
+    assert due.expired
+    assert (taken.flow.pk if taken else None) == (ready.pk if at_once else None)
+    if not at_once:
+        again = runner.service.claim([template], "another worker")
+        assert again is not None
+        assert again.flow.pk == ready.pk
+
+
+def test_i3_a_place_that_is_taken_meanwhile_leaves_the_flows_of_other_templates(
+    runner: FlowRunner,
+) -> None:
+    limited = runner.register_flow_template(template_of("a", max_running=1))
+    other = runner.register_flow_template(
+        FlowTemplate("other", tasks=[task(name="a")(lambda c: c)])
+    )
+    first, second = runner.schedule_flow("order", priority=9), runner.schedule_flow("order")
+    free = runner.schedule_flow("other", priority=-9)
+
+    def take_the_place() -> None:
+        lease = timezone.now() + timedelta(seconds=300)
+        FlowExecution.objects.filter(pk=second.pk).update(
+            status=FlowStatus.RUNNING, ready_rank=None, lease_expires_at=lease, claim=1
+        )
+
+    meanwhile = Before(take_the_place, STATE, " IN (")
+    with connection.execute_wrapper(meanwhile):
+        run = runner.service.claim([limited, other], "a worker")
+    assert meanwhile.action is None
+    assert run is not None
+    assert run.flow.pk == free.pk
+    assert runner.service.get_flow_execution(first).status == FlowStatus.SCHEDULED
+
+
+def test_a_flow_that_is_refused_after_its_deadline_is_announced_with_the_error(
+    runner: FlowRunner,
+) -> None:
+    template = runner.register_flow_template(template_of("a"))
+    run = claimed(runner, template)
+    run.flow.deadline_at = timezone.now() - timedelta(seconds=5)
+    errors: list[Any] = []
+
+    def on_task(error: Any, **_: Any) -> None:
+        errors.append(error)
+
+    task_finished.connect(on_task)
+    try:
+        assert runner.service.begin(run, template) is False
+    finally:
+        task_finished.disconnect(on_task)
+    assert [type(error).__name__ for error in errors] == ["DeadlineExceeded"]
+    assert runner.service.get_flow_execution(run.flow).status == FlowStatus.FAILED
