@@ -23,11 +23,14 @@ from ebbs_and_flows import (
     FlowStatus,
     FlowTemplate,
     Retry,
+    RetryLater,
     Task,
     TaskTimeout,
     task,
 )
+from ebbs_and_flows.integrity import IntegrityCheck
 from ebbs_and_flows.models import FlowExecution, TaskExecution
+from ebbs_and_flows.testing import freeze_clock, move_clock
 from ebbs_and_flows.timeouts import Limit, Overdue, interrupt_after
 from tests.shop.models import Order
 
@@ -53,6 +56,11 @@ def limited(seconds: float, body: Callable[..., Any], **options: Any) -> Task:
 
 def sleep(context: ExecutionContext) -> ExecutionContext:
     time.sleep(LONG)
+    return context
+
+
+@task(name="quick")
+def quick(context: ExecutionContext) -> ExecutionContext:
     return context
 
 
@@ -388,7 +396,9 @@ def test_a_connection_that_was_interrupted_in_a_query_is_thrown_away(
 
 def test_a_flow_fails_at_its_deadline_in_the_middle_of_a_task(runner: FlowRunner) -> None:
     retry = Retry(attempts=5, delay=0)
-    flow, error, output = outcome(runner, limited(LONG, sleep, retry=retry), deadline=0.5)
+    # However long it takes to get there, the task has that much time left.
+    with freeze_clock(runner=runner):
+        flow, error, output = outcome(runner, limited(LONG, sleep, retry=retry), deadline=0.5)
     assert (flow.status, error) == (FlowStatus.FAILED, "DeadlineExceeded")
     assert output.startswith(f"DeadlineExceeded: Flow {flow.pk} was not over by its deadline at ")
     assert flow.deadline_at == flow.run_at + timedelta(seconds=0.5)
@@ -407,6 +417,112 @@ def test_a_flow_that_is_late_already_fails_before_its_task_begins(runner: FlowRu
     assert runner.reschedule_flow_execution(flow).deadline_at is None
     assert runner.re_run_flow().status == FlowStatus.SUCCEEDED  # type: ignore[union-attr]
     assert ran == [1]
+
+
+def for_a_worker(runner: FlowRunner) -> None:
+    runner.schedule_flow("late")
+
+
+def for_its_moment_and_a_worker(runner: FlowRunner) -> None:
+    """The deadline counts from the moment that the flow is scheduled for."""
+    runner.schedule_flow("late", run_at=timezone.now() + timedelta(hours=1))
+    move_clock(timedelta(hours=1), runner=runner)
+
+
+def for_a_retry(runner: FlowRunner) -> None:
+    runner.schedule_flow("late", {"raises": "OSError"})
+    assert runner.run_next() is not None
+
+
+def for_what_it_asked_for(runner: FlowRunner) -> None:
+    runner.schedule_flow("late", {"raises": "RetryLater"})
+    assert runner.run_next() is not None
+
+
+def for_the_next_worker(runner: FlowRunner) -> None:
+    """The one before has handed it back."""
+    runner.schedule_flow("late")
+    assert runner.run_next(stop=lambda: True) is not None
+
+
+def for_its_recovery(runner: FlowRunner) -> None:
+    flow = runner.schedule_flow("late")
+    assert runner.service.claim_flow(flow, runner.get_flow_template("late"), "lost") is not None
+
+
+def for_its_template(runner: FlowRunner) -> None:
+    runner.pause_flow_template("late")
+    runner.schedule_flow("late")
+
+
+@pytest.mark.parametrize(
+    ("wait", "status", "attempts"),
+    [
+        (for_a_worker, "SCHEDULED", ["first 1"]),
+        (for_its_moment_and_a_worker, "SCHEDULED", ["first 1"]),
+        (for_a_retry, "RESCHEDULED", ["first 1", "first 2"]),
+        (for_what_it_asked_for, "RESCHEDULED", ["first 1", "first 2"]),
+        (for_the_next_worker, "RUNNING", ["first 1", "second 1"]),
+        (for_its_recovery, "RUNNING", ["first 1", "first 2"]),
+        (for_its_template, "SCHEDULED", ["first 1"]),
+    ],
+)
+def test_a_flow_whose_deadline_passes_while_it_waits_fails_when_a_worker_takes_it(
+    runner: FlowRunner, wait: Callable[[FlowRunner], None], status: str, attempts: list[str]
+) -> None:
+    ran: list[str] = []
+
+    def first(context: ExecutionContext) -> ExecutionContext:
+        ran.append("first")
+        if context.attempt == 1 and context.get("raises") == "OSError":
+            raise OSError("down")
+        if context.attempt == 1 and context.get("raises") == "RetryLater":
+            raise RetryLater(30)
+        return context
+
+    def second(context: ExecutionContext) -> ExecutionContext:
+        ran.append("second")
+        return context
+
+    retry = Retry(attempts=2, delay=30, jitter=False)
+    tasks = [task(name="first", retry=retry)(first), task(name="second")(second)]
+    runner.register_flow_template(FlowTemplate("late", tasks=tasks, deadline=60))
+    wait(runner)
+    ran_before = list(ran)
+    move_clock(timedelta(seconds=61), runner=runner)
+    # Nobody looks after it meanwhile: it stays what it was.
+    flow = FlowExecution.objects.get()
+    assert flow.status == status
+    if wait is for_its_template:
+        assert runner.run_next() is None
+        runner.resume_flow_template("late")
+    failed = runner.run_next()
+    assert failed is not None
+    assert (failed.pk, failed.status, ran) == (flow.pk, FlowStatus.FAILED, ran_before)
+    history = runner.service.get_flow_task_execution_history(flow)
+    assert [f"{row.task_name} {row.attempt}" for row in history] == attempts
+    assert history[-1].error_type == "DeadlineExceeded"
+    assert flow.deadline_at is not None
+    assert history[-1].output == (
+        f"Flow {flow.pk} was not over by its deadline at"
+        f" {flow.deadline_at:%Y-%m-%d %H:%M:%S} UTC: reschedule it to continue without one."
+    )
+    transition = flow.transitions.order_by("pk").last()
+    assert transition is not None
+    assert (transition.from_status, transition.to_status) == ("RUNNING", "FAILED")
+    assert transition.reason == f"{history[-1].task_name} failed: DeadlineExceeded"
+    assert list(IntegrityCheck().findings()) == []
+    # Who reschedules it wants it to go on, without a deadline.
+    assert runner.reschedule_flow_execution(flow).deadline_at is None
+    assert runner.run_flow_execution(flow).status == FlowStatus.SUCCEEDED
+    assert ran[-1] == "second"
+
+
+def test_a_flow_that_waits_until_just_before_its_deadline_still_runs(runner: FlowRunner) -> None:
+    runner.register_flow_template(FlowTemplate("late", tasks=[quick], deadline=60))
+    flow = runner.schedule_flow("late")
+    with freeze_clock(flow.run_at + timedelta(seconds=59), runner=runner):
+        assert runner.run_flow().status == FlowStatus.SUCCEEDED  # type: ignore[union-attr]
 
 
 def test_no_retry_is_waited_for_beyond_the_deadline(runner: FlowRunner) -> None:
