@@ -25,11 +25,12 @@ from django.db import DatabaseError, connection
 from ebbs_and_flows import (
     EbbsAndFlowsError,
     FlowRunner,
+    FlowStatus,
     FlowTemplate,
     Task,
     flow_runner,
 )
-from ebbs_and_flows.models import FlowExecution
+from ebbs_and_flows.models import FlowExecution, TaskExecution
 from ebbs_and_flows.status import FINISHED
 
 from . import evidence, faults, flows
@@ -49,8 +50,15 @@ PATIENCE = 0.3
 TOO_LONG = 60.0
 """Seconds after which a process that does not end counts as stuck."""
 
+REFUSED = 6
+"""The exit code of an actor that came too early or too late, and was told so."""
+
 PAUSED = ("run", "in slices", "limited", "failure", "cancellation", "recovery")
 """The scenarios whose worker is paused: claim, step, failure, hand-back, cancel, recovery."""
+
+
+class NotDone(Exception):
+    """There was nothing that an actor could do."""
 
 
 # What the other actor does, one whole thing
@@ -81,7 +89,8 @@ def cancel(case: str) -> None:
 
 
 def bulk_cancel(case: str) -> None:
-    flow_runner.cancel_flow_executions([_flow(case).pk])
+    if not flow_runner.cancel_flow_executions([_flow(case).pk]):
+        raise NotDone
 
 
 def bulk_reschedule(case: str) -> None:
@@ -149,6 +158,11 @@ ACTORS: tuple[Callable[[str], None], ...] = (
 )
 
 
+CANCELLING = (cancel, bulk_cancel)
+EXPIRING = (recover, recover_and_claim, deploy_newer, deploy_older)
+"""Those that have a lease expire; no other flow may be taken back from its worker."""
+
+
 @dataclass(slots=True)
 class Count:
     """How many pairs there are, were tried, and how the processes took it."""
@@ -156,6 +170,8 @@ class Count:
     statements: Counter[str] = field(default_factory=Counter)
     tried: Counter[str] = field(default_factory=Counter)
     waited: int = 0
+    # The cases whose flow was cancelled, or is to be.
+    cancelled: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
 
@@ -178,10 +194,12 @@ def main(name: str, *, most: int | None, seed: int) -> int:
         for case, (_scenario_name, number, actor) in zip(cases, pairs, strict=True):
             _try(case, number, actor, count)
         _finish(cases, count)
-        ids = set(FlowExecution.objects.values_list("pk", flat=True))
-        gone = {line.flow for line in evidence.read_log(log)} - ids
-        verdict = evidence.Court(dict.fromkeys(ids, FINISHED), log, gone=gone).judge()
         templates = dict(FlowExecution.objects.values_list("pk", "template_name"))
+        expected = {pk: _ends(case) for pk, case in templates.items()}
+        gone = {line.flow for line in evidence.read_log(log)} - expected.keys()
+        verdict = evidence.Court(expected, log, gone=gone).judge()
+        _judge_cancellations(count)
+        _judge_recoveries(count)
     statements = ", ".join(f"{number} of {what}" for what, number in count.statements.items())
     print(
         f"{name}: all pairs, {count.tried.total()} of {count.statements.total() * len(ACTORS)}"
@@ -193,6 +211,39 @@ def main(name: str, *, most: int | None, seed: int) -> int:
     for problem in [*count.problems, *(_named(item, templates) for item in verdict.problems)]:
         print(f"    {problem}")
     return int(bool(count.problems or verdict.problems))
+
+
+def _actor(case: str) -> str:
+    return case.rpartition(", ")[2]
+
+
+def _ends(case: str) -> set[FlowStatus]:
+    """Return how the flows of a case may end."""
+    ends = set(_scenario(case).ends)
+    if _actor(case) in [actor.__name__ for actor in CANCELLING]:
+        ends.add(FlowStatus.CANCELLED)
+    if _actor(case) == complete_by_hand.__name__:
+        ends.add(FlowStatus.SUCCEEDED)
+    return ends
+
+
+def _judge_cancellations(count: Count) -> None:
+    """No cancellation that was accepted is forgotten."""
+    for case in count.cancelled:
+        flow = _flow(case)
+        last = flow.transitions.order_by("pk").last()
+        is_too_late = last is not None and "came too late" in last.reason
+        if flow.status != FlowStatus.CANCELLED and not is_too_late:
+            count.problems.append(f"{case}: it was cancelled, and is {flow.status}.")
+
+
+def _judge_recoveries(count: Count) -> None:
+    """No flow was taken back from a worker that held it."""
+    rows = TaskExecution.objects.filter(error_type="TaskInterrupted")
+    for case in rows.values_list("flow_execution__template_name", flat=True):
+        is_expired = _actor(case) in [actor.__name__ for actor in EXPIRING]
+        if not is_expired and _scenario(case).dies is None:
+            count.problems.append(f"{case}: it was taken back from a worker that held it.")
 
 
 def _named(problem: str, templates: dict[int, str]) -> str:
@@ -235,7 +286,9 @@ def _try(case: str, number: int, actor: Callable[[str], None], count: Count) -> 
             count.problems.append(f"{case}: the {who} was stuck.")
             os.kill(pid, signal.SIGKILL)
         code = end(pid)
-        if code not in (0, -signal.SIGKILL):
+        if who == "actor" and code == 0 and actor in CANCELLING:
+            count.cancelled.append(case)
+        if code not in (0, -signal.SIGKILL) and (who, code) != ("actor", REFUSED):
             count.problems.append(f"{case}: the {who} ended with {code}.")
 
 
@@ -254,16 +307,17 @@ def _work(case: str, scenario: Scenario, number: int) -> None:
     scenario.act(case)
 
 
-def _act(case: str, actor: Callable[[str], None]) -> None:
+def _act(case: str, actor: Callable[[str], None]) -> int:
     try:
         actor(case)
-    except (EbbsAndFlowsError, IndexError):
-        # It came too early or too late, and was told so.
-        pass
+    except (EbbsAndFlowsError, IndexError, NotDone):
+        return REFUSED
     except DatabaseError:
         # Two writers were in each other's way: this one is refused, and the user tries again.
         if actor is not delete:
             raise
+        return REFUSED
+    return 0
 
 
 def _finish(cases: list[str], count: Count) -> None:

@@ -36,6 +36,8 @@ T = TypeVar("T")
 
 BACKLOG = 60
 """How many flows wait at most, so that one that was taken back does not wait behind thousands."""
+PROCESSES = 5
+"""How many processes run flows at the same time."""
 FAKETIME = sorted(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))
 ROOT = Path(__file__).parent.parent.parent
 
@@ -192,7 +194,23 @@ class Storm:
                 for team in self.teams:
                     team.end(signal.SIGTERM, 20)
         gone = self.operators.reconcile()
-        return evidence.Court(self.operators.expected, log, gone=gone).judge()
+        verdict = evidence.Court(self.operators.expected, log, gone=gone).judge()
+        verdict.lost += self.operators.forgotten_cancellations()
+        if verdict.interrupted > self._most_interrupted:
+            verdict.unsound.append(
+                f"{verdict.interrupted} attempts were interrupted, and the faults explain"
+                f" {self._most_interrupted} at most."
+            )
+        return verdict
+
+    @property
+    def _most_interrupted(self) -> int:
+        """How many attempts may have lost their worker."""
+        of = {kind.__name__: self.done[kind.__name__.replace("_", " ")] for kind in self.kinds}
+        # One that is paused may hold a lock that all others wait for.
+        of_all = of["pause"] + of.get("crash_server", 0) + self.deployed
+        others = of["kill_worker"] + 2 * of["kill_team"] + of.get("cut_connection", 0)
+        return PROCESSES * of_all + others
 
     def _weather(self) -> None:
         struck, acted, ended, quiet_since = 0, 0, 0, time.monotonic()

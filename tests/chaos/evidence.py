@@ -19,6 +19,16 @@ from ebbs_and_flows.models import ExecutionContextEntry, FlowExecution, TaskExec
 LOG = "EBBS_CHAOS_LOG"
 """The environment variable that names the file."""
 
+RAISED = {
+    "ConnectionError",
+    "ValueError",
+    "TaskTimeout",
+    "TaskInterrupted",
+    "django.db.utils.OperationalError",
+    "django.db.utils.InterfaceError",
+}
+"""What an attempt may fail by: what the tasks raise, lost workers and lost connections."""
+
 Run = Callable[[ExecutionContext], ExecutionContext]
 
 
@@ -209,6 +219,11 @@ class Court:
             started.add(at)
             in_progress.add(at)
         for at, row in stored.items():
+            if row.error_type and row.error_type not in RAISED:
+                verdict.unsound.append(
+                    f"Of flow {flow_id}, {at[0]}, attempt {at[1]} failed by {row.error_type},"
+                    f" which no task raises."
+                )
             if ran_to_its_end(row) and (at not in started or at in in_progress):
                 verdict.lost.append(
                     f"Stored as done, not seen to be: flow {flow_id}, {at[0]}, attempt {at[1]}."

@@ -20,7 +20,7 @@ from pathlib import Path
 from django.conf import settings
 from django.db import connection
 
-from ebbs_and_flows import FlowTemplate, flow_runner
+from ebbs_and_flows import FlowStatus, FlowTemplate, flow_runner
 from ebbs_and_flows.models import FlowExecution
 from ebbs_and_flows.status import FINISHED
 
@@ -59,7 +59,7 @@ def main(name: str, *, most: int | None, seed: int) -> int:
             problems += _try(case)
         problems += _finish(cases)
         ids = list(FlowExecution.objects.values_list("pk", flat=True))
-        verdict = evidence.Court(dict.fromkeys(ids, FINISHED), log).judge()
+        verdict = evidence.Court(dict.fromkeys(ids, (FlowStatus.SUCCEEDED,)), log).judge()
     print(
         f"{name}: networks, {len(cases)} of {total} cases, seed {seed},"
         f" in {time.monotonic() - started:.0f} s"

@@ -26,6 +26,8 @@ class Operators:
     def __init__(self) -> None:
         # How each flow may end, by its primary key.
         self.expected: dict[int, tuple[FlowStatus, ...]] = {}
+        # Those whose cancellation was accepted.
+        self._cancelled: set[int] = set()
         # What was to be deleted; some of it may still be there.
         self._doomed: set[int] = set()
         self.done: Counter[str] = Counter()
@@ -98,12 +100,15 @@ class Operators:
         self._may_be_cancelled(pks)
         for pk in pks:
             flow_runner.cancel_flow_execution(pk, reason="Not wanted any more.")
+            self._cancelled.add(pk)
         return bool(pks)
 
     def bulk_cancel(self) -> bool:
         pks = self._some(most=3)
         self._may_be_cancelled(pks)
-        return bool(flow_runner.cancel_flow_executions(pks))
+        cancelled = flow_runner.cancel_flow_executions(pks)
+        self._cancelled |= set(cancelled)
+        return bool(cancelled)
 
     def fork(self) -> bool:
         for pk in self._some():
@@ -128,6 +133,18 @@ class Operators:
         pks = self._some(FlowStatus.RUNNING)
         self._doomed |= set(pks)
         return FlowExecution.objects.filter(pk__in=pks).delete()[0] > 0
+
+    def forgotten_cancellations(self) -> list[str]:
+        """Return a sentence for each accepted cancellation that came to nothing."""
+        others = FlowExecution.objects.filter(pk__in=self._cancelled).exclude(
+            status=FlowStatus.CANCELLED
+        )
+        # During the last task, which succeeded.
+        too_late = others.filter(transitions__reason__contains="came too late")
+        return [
+            f"Flow {pk} was cancelled, and is {status}."
+            for pk, status in others.exclude(pk__in=too_late).values_list("pk", "status")
+        ]
 
     def reconcile(self) -> set[int]:
         """Compare with the tables, as an answer may be lost; return the deleted flows."""

@@ -136,6 +136,14 @@ def test_an_attempt_that_was_taken_over_may_go_on_and_proves_nothing(
     assert judge(flow, log).problems == []
 
 
+def test_an_error_that_no_task_raises_is_seen(flow: FlowExecution, log: Path) -> None:
+    TaskExecution.objects.filter(task_name="quick").update(error_type="AttributeError")
+    sentence = (
+        f"Of flow {flow.pk}, quick, attempt 1 failed by AttributeError, which no task raises."
+    )
+    assert judge(flow, log).unsound == [sentence]
+
+
 def test_an_order_too_many_and_one_too_few_are_seen(flow: FlowExecution, log: Path) -> None:
     Order.objects.create(number=f"{flow.pk} 2")
     sentence = f"Flow {flow.pk} wrote orders in the attempts [1, 2], and [1] succeeded."
