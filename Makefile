@@ -30,11 +30,17 @@ versions: $(VENV)/versions.stamp
 bench-background: $(VENV)/test.stamp
 	$(BIN)/python -m bench.background
 
-# The proof by fire: 10,000 flows with 1,000 faults, on a PostgreSQL of its own.
+# The tests that docs/explanation/guarantees.md names for each promise, and the table of their outcomes.
+.PHONY: proof
+proof: $(VENV)/test.stamp
+	$(BIN)/python -m tests.proof -q -n 2
+
+# All pairs, networks, and 10,000 flows with 1,000 faults, on each database.
 chaos: $(VENV)/test.stamp
 	$(BIN)/python -m tests.chaos long
 
-# Every statement of a flow's run, and some faults at random, on each database that answers.
+# Every statement of a flow's run, some of the pairs, and some faults at random, on each database that
+# answers.
 chaos-short: $(VENV)/test.stamp
 	$(BIN)/python -m tests.chaos short
 
