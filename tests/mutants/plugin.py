@@ -34,7 +34,7 @@ from django.db.models import Q
 from pytest_django.plugin import blocking_manager_key
 
 from .mutations import Mutant, changed_code, parsed
-from .scope import PACKAGE, source
+from .scope import FIRST, PACKAGE, source
 
 GRACE = 15.0
 """Seconds after which a test has hung, besides ten times what it takes otherwise."""
@@ -181,9 +181,13 @@ class Trial:
         if not ids:
             return "unreached", "", 0
         killers = self.killers.setdefault((mutant.file, mutant.function), [])
-        # Then with those that name an invariant, and the quick ones.
+        # Then with those that are about what one write does, and the quick ones.
         ids.sort(
-            key=lambda nodeid: (nodeid not in killers, "::test_i" not in nodeid, self.took[nodeid])
+            key=lambda nodeid: (
+                nodeid not in killers,
+                not nodeid.startswith(FIRST),
+                self.took[nodeid],
+            )
         )
         if self.most_tests:
             del ids[self.most_tests :]

@@ -62,10 +62,12 @@ FILES: dict[str, frozenset[str]] = {
     "status.py": frozenset(),
 }
 
+FIRST = ("tests/test_fence.py", "tests/test_steps.py", "tests/test_bystanders.py")
+"""The tests that notice most."""
+
 # The quick ones, of one process each. Those of the pages and commands are left out.
 TESTS = [
-    "tests/test_fence.py",
-    "tests/test_bystanders.py",
+    *FIRST,
     "tests/test_runner.py",
     "tests/test_service.py",
     "tests/test_repository.py",
