@@ -170,6 +170,8 @@ class Count:
     statements: Counter[str] = field(default_factory=Counter)
     tried: Counter[str] = field(default_factory=Counter)
     waited: int = 0
+    # The worker had ended before: two runs are not the same to the statement.
+    missed: int = 0
     # The cases whose flow was cancelled, or is to be.
     cancelled: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -205,7 +207,7 @@ def main(name: str, *, most: int | None, seed: int) -> int:
         f"{name}: all pairs, {count.tried.total()} of {count.statements.total() * len(ACTORS)}"
         f" ({statements}; {len(ACTORS)} actors; seed {seed})"
         f" in {time.monotonic() - started:.0f} s;"
-        f" in {count.waited} the actor waited for the worker"
+        f" in {count.waited} the actor waited for the worker, {count.missed} came too late"
     )
     print(f"  {verdict}")
     for problem in [*count.problems, *(_named(item, templates) for item in verdict.problems)]:
@@ -276,6 +278,7 @@ def _try(case: str, number: int, actor: Callable[[str], None], count: Count) -> 
         in_a_process(partial(scenario.dies, case))
     worker = start(partial(_work, case, scenario, number))
     wait_for_its_stop(worker)
+    count.missed += has_ended(worker)
     other = start(partial(_act, case, actor))
     count.waited += not _ends_within(other, PATIENCE)
     with suppress(ProcessLookupError):
