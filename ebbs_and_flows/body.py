@@ -16,7 +16,7 @@ from typing import Any
 
 from asgiref.current_thread_executor import CurrentThreadExecutor
 from asgiref.sync import SyncToAsync, async_to_sync
-from django.db import DatabaseError, InterfaceError, connections
+from django.db import connections
 
 from .child_processes import SameProcess
 from .conf import get_settings
@@ -32,7 +32,7 @@ from .flows import Task
 from .heartbeat import WatchedRun, heartbeat
 from .process_state import ProcessState, call_apart
 from .redaction import redact_text
-from .repository import ClaimedRun, is_outage
+from .repository import ClaimedRun
 from .service import FlowService
 from .session_state import WatchedSessions, close_changed_sessions
 from .tasklog import Keeper, keep
@@ -46,10 +46,6 @@ from .transactions import (
 from .validation import storable_text
 
 logger = logging.getLogger("ebbs_and_flows")
-
-
-_OUTAGE_PAUSE = 0.2
-"""Seconds between two tries to reach a database that does not answer."""
 
 
 class BodyFailed(Exception):
@@ -183,17 +179,11 @@ class AttemptInProgress:
         self._is_key_marked = True
 
     def _mark(self) -> None:
-        until = time.monotonic() + get_settings().LEASE_SECONDS
-        while True:
-            try:
-                return self._service.mark_idempotency_key_used(self._run)
-            except (DatabaseError, InterfaceError) as error:
-                connection = self._service.repository.connection
-                is_over = connection.in_atomic_block or time.monotonic() >= until
-                if is_over or not is_outage(error):
-                    raise
-                connection.close()
-                time.sleep(_OUTAGE_PAUSE)
+        self._service.repository.retry_on_outage(
+            self._run.flow,
+            lambda: self._service.mark_idempotency_key_used(self._run),
+            seconds=get_settings().LEASE_SECONDS,
+        )
 
     def report_progress(self, done: float, total: float | None, message: str) -> None:
         """Hand it to the heartbeat, which writes it at most once a second."""

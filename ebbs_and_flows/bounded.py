@@ -110,17 +110,15 @@ def _walk_over_ranks(*, is_mysql: bool, listed: str) -> tuple[str, str]:
     """
     if is_mysql:
         # Grouping by the first columns of an index skips from one group to the next.
-        return (
-            "",
-            f"""
+        ranked = f"""
             SELECT pairs.due_at FROM (
                 SELECT plan_digest, ready_rank, MIN(run_at) AS due_at FROM {FLOW}
                 FORCE INDEX FOR GROUP BY (ebbs_flow_ready) GROUP BY plan_digest, ready_rank
             ) AS pairs WHERE pairs.ready_rank IS NOT NULL AND (
                 SELECT f.template_name FROM {FLOW} f FORCE INDEX (ebbs_flow_ready)
                 WHERE f.plan_digest = pairs.plan_digest LIMIT 1
-            ) IN ({listed})""",  # noqa: S608 - no values
-        )
+            ) IN ({listed})"""  # noqa: S608 - no values
+        return "", ranked
     ready = f"FROM {FLOW} f WHERE f.ready_rank IS NOT NULL AND f.plan_digest"
     first = "ORDER BY f.plan_digest, f.ready_rank, f.run_at LIMIT 1"
     walk = f"""
@@ -129,8 +127,7 @@ def _walk_over_ranks(*, is_mysql: bool, listed: str) -> tuple[str, str]:
             SELECT (SELECT f.plan_digest {ready} > plans.digest {first})
             FROM plans WHERE plans.digest IS NOT NULL
         ), ranks (digest, ready_rank) AS (
-            SELECT plans.digest,
-                (SELECT f.ready_rank {ready} = plans.digest {first})
+            SELECT plans.digest, (SELECT f.ready_rank {ready} = plans.digest {first})
             FROM plans WHERE plans.digest IS NOT NULL
                 AND (SELECT f.template_name {ready} = plans.digest {first}) IN ({listed})
             UNION ALL
@@ -138,9 +135,7 @@ def _walk_over_ranks(*, is_mysql: bool, listed: str) -> tuple[str, str]:
                 AND f.ready_rank > ranks.ready_rank {first})
             FROM ranks WHERE ranks.ready_rank IS NOT NULL
         )"""  # noqa: S608 - no values
-    return (
-        walk,
-        f"""
+    ranked = f"""
         SELECT (SELECT f.run_at {ready} = ranks.digest AND f.ready_rank = ranks.ready_rank
-            {first}) AS due_at FROM ranks WHERE ranks.ready_rank IS NOT NULL""",  # noqa: S608 - no values
-    )
+            {first}) AS due_at FROM ranks WHERE ranks.ready_rank IS NOT NULL"""  # noqa: S608
+    return walk, ranked

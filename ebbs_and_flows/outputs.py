@@ -15,6 +15,8 @@ from .validation import MESSAGE_LENGTH, NAME_LENGTH, storable_text
 MAX_CAUSES: Final = 10
 # Longer lines and larger columns than these are not of a source file that Python has read.
 _MAX_COLUMN: Final = 10_000
+_MOST_LOGGED: Final = 65_536
+"""Bytes of an error in one log record."""
 
 # Read from the type itself: a metaclass may answer with something else, or raise.
 _qualname: Final[Callable[[type], Any]] = type.__dict__["__qualname__"].__get__
@@ -77,6 +79,14 @@ def describe(error: BaseException, max_bytes: int, *, message_only: bool = False
         output=output,
         traceback=trace,
     )
+
+
+def for_log(error: BaseException) -> str:
+    """Return an error of the project's own code with its traceback, masked, for a log record.
+
+    A record's `exc_info` would show the text of the error as it is.
+    """
+    return describe(error, _MOST_LOGGED).output
 
 
 def error_name(error: BaseException) -> str:

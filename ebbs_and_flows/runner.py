@@ -23,6 +23,7 @@ from .exceptions import (
 )
 from .flows import FlowTemplate
 from .models import FlowExecution
+from .outputs import for_log
 from .recurrence import Recurrence
 from .repository import ClaimedRun, Due, is_contention
 from .requirements import require_supported
@@ -192,10 +193,10 @@ class FlowRunner:
         if is_first:
             logger.error(
                 "The recurring flow %r could not be scheduled for %s; each further due time is"
-                " refused as well until this is fixed.",
+                " refused as well until this is fixed: %s",
                 name,
                 intended_at,
-                exc_info=error,
+                for_log(error),
             )
         announce_refusal(self._recurrences[name], intended_at, error, is_first=is_first)
 

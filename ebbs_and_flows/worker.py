@@ -28,7 +28,7 @@ from .exceptions import (
 )
 from .flows import FlowTemplate, Task
 from .heartbeat import WatchedRun, heartbeat, report_claim_lost
-from .outputs import describe, error_message
+from .outputs import describe, error_message, for_log
 from .repository import ClaimedRun, is_contention, is_outage, is_refusal
 from .service import FlowService
 from .session_state import close_changed_sessions
@@ -40,9 +40,6 @@ logger = logging.getLogger("ebbs_and_flows")
 
 T = TypeVar("T")
 OnTask = Callable[[ClaimedRun, str, TaskStatus], None]
-
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 1.0
-"""Seconds between two tries to reach a database that went away."""
 
 
 def worker_name() -> str:
@@ -73,7 +70,7 @@ class Worker:
         watched: WatchedRun | None = None
         try:
             before = replace(run)
-            if not self.retry_on_outage(
+            if not self._retry_on_outage(
                 run,
                 lambda: self._service.begin(run, template),
                 lambda: run.go_back_to(before),
@@ -125,7 +122,7 @@ class Worker:
                     log = outcome.log
                 # Asked once: the same answer for each try to store it.
                 hand_back = self._stop()
-                goes_on = self.retry_on_outage(
+                goes_on = self._retry_on_outage(
                     run,
                     lambda: self._succeed(run, outcome, next_task, hand_back=hand_back),
                     lambda: self._service.settle(run),
@@ -159,7 +156,7 @@ class Worker:
         try:
             step = self._repository.step()
             # Nothing is done yet, so that a writer in the way costs the task nothing.
-            self.retry_on_outage(run, step.__enter__)
+            self._retry_on_outage(run, step.__enter__)
             # Hooks of the task's own run after the commit.
             with SameProcess(), _Entered(step):
                 raw = connection.connection
@@ -243,14 +240,13 @@ class Worker:
             return self._service.settle(run)
 
         extra = {"flow": run.flow.pk, "template": run.flow.template_name, "task": name}
-        goes_on = self.retry_on_outage(run, write, ask)
+        goes_on = self._retry_on_outage(run, write, ask)
         if failed.at_commit and self._has_succeeded(run, before.task_execution_id):
             logger.warning(
                 "Task %s of flow %s has succeeded; what came after its commit has not: %s",
                 name,
                 run.flow.pk,
-                failure.error_type,
-                exc_info=error,
+                for_log(error),
                 extra=extra,
             )
             self._on_task(run, name, TaskStatus.SUCCEEDED)
@@ -273,57 +269,25 @@ class Worker:
 
     def _has_succeeded(self, run: ClaimedRun, task_execution_id: int) -> bool:
         attempts = self._repository.attempts.filter(pk=task_execution_id)
-        return self.retry_on_outage(run, attempts.filter(status=TaskStatus.SUCCEEDED).exists)
+        return self._retry_on_outage(run, attempts.filter(status=TaskStatus.SUCCEEDED).exists)
 
     def _deadline(self, run: ClaimedRun) -> float | None:
         """Return the flow's deadline on the monotonic clock; None where there is none."""
         deadline = run.flow.deadline_at
         if deadline is None:
             return None
-        now = self.retry_on_outage(run, self._repository.now)
+        now = self._retry_on_outage(run, self._repository.now)
         return time.monotonic() + (deadline - now).total_seconds()
 
-    def retry_on_outage(
+    def _retry_on_outage(
         self,
         run: ClaimedRun,
         action: Callable[[], T],
         ask: Callable[[], T | None] = lambda: None,
     ) -> T:
-        """Do what needs the database until it answers, for as long as a lease would last.
-
-        After a failure `ask()` tells what the action, if it is a write, has done after all; None
-        is nothing, so that it is done again. Any other error is not believed until a
-        new connection was asked, as a task may have changed the session of this one.
-        """
-        until = time.monotonic() + get_settings().LEASE_SECONDS
-        pause = _FIRST_PAUSE
-        has_failed = False
-        while True:
-            try:
-                if has_failed:
-                    settled = ask()
-                    if settled is not None:
-                        return settled
-                return action()
-            except (DatabaseError, InterfaceError) as error:
-                connection = self._repository.connection
-                is_over = time.monotonic() >= until if is_outage(error) else has_failed
-                if connection.in_atomic_block or is_over:
-                    raise
-                if not has_failed:
-                    logger.warning(
-                        "Flow %s: the database refuses; what is to be stored is kept, and tried"
-                        " again for %g s.",
-                        run.flow.pk,
-                        get_settings().LEASE_SECONDS,
-                        exc_info=True,
-                        extra={"flow": run.flow.pk, "template": run.flow.template_name},
-                    )
-                # After a failover the server that takes writes may be another one.
-                connection.close()
-                has_failed = True
-                time.sleep(pause)
-                pause = min(pause * 2, _LONGEST_PAUSE)
+        """Do what needs the database until it answers, for as long as a lease would last."""
+        seconds = get_settings().LEASE_SECONDS
+        return self._repository.retry_on_outage(run.flow, action, ask, seconds=seconds)
 
     def _interrupt(self, run: ClaimedRun) -> None:
         """Give a flow back whose task was broken off by a keyboard interrupt."""

@@ -122,6 +122,15 @@ def test_i2_a_hook_that_raises_after_the_commit_changes_nothing(
     assert "has succeeded; what came after its commit has not" in said.getMessage()
 
 
+def test_what_a_hook_raises_after_the_commit_is_logged_masked(
+    run: Callable[..., FlowExecution], caplog: pytest.LogCaptureFixture
+) -> None:
+    run(raised_after_commit(ConnectionError("no answer, password=hunter2")), atomic=True)
+    assert "ConnectionError: no answer, password=" in caplog.text
+    assert "in hook" in caplog.text
+    assert "hunter2" not in caplog.text
+
+
 def test_i2_so_does_one_of_the_last_task(
     runner: FlowRunner, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -33,6 +34,8 @@ from ..models import (
 )
 from .direct import own_cursor
 
+logger = logging.getLogger("ebbs_and_flows")
+
 T = TypeVar("T")
 
 FLOW = FlowExecution._meta.db_table
@@ -43,6 +46,9 @@ STATE = FlowTemplateState._meta.db_table
 
 Sql = tuple[str, list[Any]]
 """A part of a statement, and its parameters."""
+
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 1.0
+"""Seconds between two tries to reach a database that refuses."""
 
 BATCH = 500
 """How many rows one statement takes at most."""
@@ -279,6 +285,50 @@ class Database:
                 time.sleep(pause)
         with begin():
             return write()
+
+    def retry_on_outage(
+        self,
+        flow: FlowExecution,
+        action: Callable[[], T],
+        ask: Callable[[], T | None] = lambda: None,
+        *,
+        seconds: float,
+    ) -> T:
+        """Do what a flow's run needs the database for; while it refuses, again for that long.
+
+        After a failure `ask()` tells what the action, if it is a write, has done after all; None
+        is nothing, so that it is done again. Any other error is not believed until a
+        new connection was asked, as a task may have changed the session of this one.
+        """
+        until = time.monotonic() + seconds
+        pause = _FIRST_PAUSE
+        has_failed = False
+        while True:
+            try:
+                if has_failed:
+                    settled = ask()
+                    if settled is not None:
+                        return settled
+                return action()
+            except (DatabaseError, InterfaceError) as error:
+                connection = self.connection
+                is_over = time.monotonic() >= until if is_outage(error) else has_failed
+                if connection.in_atomic_block or is_over:
+                    raise
+                if not has_failed:
+                    logger.warning(
+                        "Flow %s: the database refuses; what is to be stored is kept, and tried"
+                        " again for %g s.",
+                        flow.pk,
+                        seconds,
+                        exc_info=True,
+                        extra={"flow": flow.pk, "template": flow.template_name},
+                    )
+                # After a failover the server that takes writes may be another one.
+                connection.close()
+                has_failed = True
+                time.sleep(pause)
+                pause = min(pause * 2, _LONGEST_PAUSE)
 
     def check_no_outer_transaction(self) -> None:
         """Raise `OuterTransaction` where a step, or what its task writes, would not be durable."""

@@ -32,7 +32,7 @@ FILES: dict[str, frozenset[str]] = {
         {"logger", "PROGRESS_SECONDS", "_BEAT_AGAIN_SECONDS", "report_claim_lost"}
     ),
     "worker.py": frozenset({"logger", "T", "OnTask", "worker_name"}),
-    "body.py": frozenset({"logger", "_OUTAGE_PAUSE", "_end_queries", "keep_record"}),
+    "body.py": frozenset({"logger", "_end_queries", "keep_record"}),
     "service.py": frozenset(
         {
             "FlowOrPk",
