@@ -41,13 +41,20 @@ class Pacemaker(Presence):
 
         A duty that fails holds up no other one.
         """
-        return min(
-            self._try(super().beat, "pacemaker's sign of life"),
-            self._try(self._runner.wake_worker, "pacemaker's look for due flows"),
-            self._try(self._sync, "pacemaker's look at the recurring flows"),
-            self._try(self._fire, "pacemaker's scheduling of recurring flows"),
-            self._try(self._prune, "pacemaker's deletion of old flows"),
-        )
+        duties: dict[str, Callable[[], float]] = {
+            "pacemaker's sign of life": super().beat,
+            "pacemaker's look for due flows": self._runner.wake_worker,
+            "pacemaker's look at the recurring flows": self._sync,
+            "pacemaker's scheduling of recurring flows": self._fire,
+            "pacemaker's deletion of old flows": self._prune,
+        }
+        seconds = math.inf
+        for name, duty in duties.items():
+            # The end of the process waits for one of them at most, and then for its row's removal.
+            if self._stopped.is_set():
+                break
+            seconds = min(seconds, self._try(duty, name))
+        return seconds
 
     def _sync(self) -> float:
         if time.monotonic() >= self._sync_at:

@@ -27,6 +27,8 @@ KEPT = timedelta(days=1)
 """For how long a process that was killed is remembered."""
 _LONGEST_LEAVE = 5.0
 """Seconds that the end of a process is held up at most, by a database that does not answer."""
+_LEAVE_PAUSE = 0.1
+"""Seconds between two tries to remove the row."""
 
 
 class Presence(threading.Thread):
@@ -60,7 +62,10 @@ class Presence(threading.Thread):
         try:
             while not self._stopped.wait(self._try(self.beat)):
                 pass
-            self._try(self._leave)
+            until = time.monotonic() + _LONGEST_LEAVE
+            # A database may undo it for another process's sake, and be asked again at once.
+            while self._try(self._leave) and time.monotonic() < until:
+                time.sleep(_LEAVE_PAUSE)
         finally:
             with NoFork():
                 connections.close_all()

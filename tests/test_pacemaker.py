@@ -8,7 +8,7 @@ from collections.abc import Callable
 from datetime import timedelta
 
 import pytest
-from django.db import connections
+from django.db import OperationalError, connections
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 from django_q.models import OrmQ
@@ -16,6 +16,7 @@ from django_q.models import OrmQ
 from ebbs_and_flows import FlowRunner, FlowStatus, FlowTemplate, task
 from ebbs_and_flows.models import FlowExecution, PacemakerBeat, WorkerProcess
 from ebbs_and_flows.pacemaker import Pacemaker
+from ebbs_and_flows.presence import Presence
 from ebbs_and_flows.runner import MOST_WAKE_UPS
 from ebbs_and_flows.worker import worker_name
 
@@ -278,3 +279,45 @@ def test_a_duty_that_fails_holds_up_no_other(
     assert WorkerProcess.objects.count() == 1
     failures = [message for message in caplog.messages if "has failed; it tries on" in message]
     assert len(failures) == 1
+
+
+@pytest.mark.django_db(transaction=True)
+def test_a_pacemaker_that_is_stopped_within_a_duty_begins_no_other(
+    runner: FlowRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    pacemaker = Pacemaker(runner)
+
+    def wake_worker() -> float:
+        done.append("wake_worker")
+        pacemaker._stopped.set()
+        return 0.5
+
+    monkeypatch.setattr(runner, "wake_worker", wake_worker)
+    monkeypatch.setattr(runner, "sync_recurring", lambda: done.append("sync_recurring"))
+    pacemaker.start()
+    pacemaker.join(30)
+    assert done == ["wake_worker"]
+    assert not WorkerProcess.objects.exists()
+
+
+class RefusedOnce(Presence):
+    """Its process's row can be removed only at the second try."""
+
+    tries = 0
+
+    def _leave(self) -> float:
+        self.tries += 1
+        if self.tries == 1:
+            raise OperationalError("Deadlock found when trying to get lock")
+        return super()._leave()
+
+
+@pytest.mark.django_db(transaction=True)
+def test_a_row_that_cannot_be_removed_at_once_is_removed_a_little_later() -> None:
+    presence = RefusedOnce()
+    presence.start()
+    until(WorkerProcess.objects.exists)
+    presence.stop()
+    assert presence.tries == 2
+    assert not WorkerProcess.objects.exists()
