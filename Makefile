@@ -69,6 +69,12 @@ lint: $(VENV)/lint.stamp
 	$(BIN)/lint-imports
 	$(BIN)/djlint --lint --quiet ebbs_and_flows/templates
 
+# Published vulnerabilities: of the lowest versions that are admitted, by a list that needs no
+# network; of what is installed, by pip-audit, which is skipped where its service cannot be reached.
+.PHONY: audit
+audit: $(VENV)/audit.stamp
+	$(BIN)/python tests/audit.py
+
 format: $(VENV)/lint.stamp
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .

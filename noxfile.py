@@ -6,6 +6,8 @@ that `EBBS_TEST_DATABASE` names, by default SQLite.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import nox
 
 nox.options.default_venv_backend = "venv"
@@ -20,3 +22,14 @@ def suite(session: nox.Session, django: str) -> None:
         session.skip("Django 6 wants Python 3.12 or later.")
     session.install("--editable", ".[test]", f"Django~={django}.0")
     session.run("pytest", "-q", "-n", "2", *session.posargs)
+
+
+@nox.session(python=["3.11"])
+def lowest(session: nox.Session) -> None:
+    """Run the quick tests with the lowest versions that pyproject.toml admits."""
+    constraints = Path(session.create_tmp()) / "lowest.txt"
+    listed = session.run("python", "tests/lowest.py", silent=True)
+    constraints.write_text(str(listed))
+    session.install("--constraint", str(constraints), "--editable", ".[test]")
+    quick = ("-m", "not processes", "--ignore=tests/browser", "--ignore=tests/test_bench.py")
+    session.run("pytest", "-q", "-n", "2", *quick, *session.posargs)

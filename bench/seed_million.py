@@ -108,11 +108,13 @@ def statements(flows: int, database: str) -> list[tuple[str, str]]:
     insert_attempts = f"""
         INSERT INTO ebbs_and_flows_taskexecution (
             flow_execution_id, task_index, task_name, attempt, claim, status, started_at,
-            finished_at, output, log, error_type)
+            finished_at, output, log, error_type, error_message, traceback)
         SELECT id, n - 1, 'step_' || (n - 1), 1, 1, of_task, started_at,
             CASE WHEN of_task <> 'RUNNING' THEN COALESCE(finished_at, started_at) END,
-            CASE WHEN of_task = 'FAILED' THEN {TRACEBACK} ELSE '' END, '',
-            CASE WHEN of_task = 'FAILED' THEN 'ValueError' ELSE '' END
+            CASE WHEN of_task = 'FAILED' THEN '{OUTPUT}' ELSE '' END, '',
+            CASE WHEN of_task = 'FAILED' THEN 'ValueError' ELSE '' END,
+            CASE WHEN of_task = 'FAILED' THEN '{MESSAGE}' ELSE '' END,
+            CASE WHEN of_task = 'FAILED' THEN '{TRACEBACK}' ELSE '' END
         FROM (
             SELECT flow.id, flow.started_at, flow.finished_at, task.n,
                 CASE WHEN task.n - 1 < flow.current_task_index THEN 'SUCCEEDED'
@@ -153,11 +155,13 @@ def statements(flows: int, database: str) -> list[tuple[str, str]]:
     ]
 
 
+MESSAGE = "the card was refused"
 TRACEBACK = (
-    "'ValueError: the card was refused\n\nTraceback (most recent call last):\n"
+    "Traceback (most recent call last):\n"
     + "".join(f'  File "shop/flows.py", line {n}, in run\n    charge(card)\n' for n in range(20))
-    + "ValueError: the card was refused'"
+    + f"ValueError: {MESSAGE}"
 )
+OUTPUT = f"ValueError: {MESSAGE}\n\n{TRACEBACK}"
 
 
 def _fill_in_digests() -> None:

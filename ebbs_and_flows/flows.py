@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final, overload
 
-from django.core.exceptions import ValidationError
+from django.core.exceptions import NON_FIELD_ERRORS, ValidationError
 from django.db.models import QuerySet
 from django.forms.fields import Field, JSONString
 from django.forms.forms import BaseForm
@@ -389,7 +389,13 @@ class FlowTemplate:
                 self.name,
                 {name: [f"There is no such parameter; there are: {known}."] for name in unknown},
             )
-        if not form.is_valid():
+        try:
+            is_valid = form.is_valid()
+        except RecursionError:
+            # Django's JSONField parses a text of any depth.
+            problem = "A value is nested too deeply: give a flatter one."
+            raise InvalidParameters(self.name, {NON_FIELD_ERRORS: [problem]}) from None
+        if not is_valid:
             raise InvalidParameters(
                 self.name,
                 {name: [str(text) for text in form.errors[name]] for name in form.errors},

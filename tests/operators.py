@@ -11,6 +11,7 @@ from django.contrib.admin import site
 from django.contrib.admin.utils import quote
 from django.contrib.auth.models import Permission, User
 from django.db.models import Model
+from django.http import HttpRequest
 from django.test import Client
 from django.urls import reverse
 
@@ -74,6 +75,12 @@ def user_with(*permissions: str) -> Client:
     client = Client()
     client.force_login(user)
     return client
+
+
+def request_of(user: User) -> HttpRequest:
+    request = HttpRequest()
+    request.user = user
+    return request
 
 
 def page(client: Client, url: str) -> str:

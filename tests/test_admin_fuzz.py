@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 from urllib.parse import quote
 
@@ -24,9 +24,10 @@ from .operators import billing, failed, registered, succeeded
 pytestmark = pytest.mark.django_db
 
 SEED = int(os.environ.get("EBBS_FUZZ_SEED", "20261128"))
-REQUESTS_OF_A_VIEW = int(os.environ.get("EBBS_FUZZ_REQUESTS", "12"))
-MORE_OF_A_FORM = 5
-FORMS = ("flowexecution/", "/rerun_from/", "/by_hand/", "/schedule/")
+# Times that each parameter is in an address, and each field in a form.
+ROUNDS = int(os.environ.get("EBBS_FUZZ_ROUNDS", "1"))
+PARAMETERS_AT_ONCE = 4
+FIELDS_AT_ONCE = 2
 
 VALUES = [
     "",
@@ -107,7 +108,7 @@ HIDDEN = [
     *("action", "_selected_action", "select_across", "index", "post", "confirmed", "up_to"),
     *("_save", "_continue", "_popup", "_to_field", "using", "task"),
 ]
-METHODS = ["get", "get", "post", "post", "post", "head", "put", "delete"]
+OTHER_METHODS = ["head", "put", "delete"]
 
 
 class Parameters(forms.Form):
@@ -163,20 +164,25 @@ class Fuzzer:
             return self._random.choice(self._ids)
         return self._random.choice(VALUES)
 
-    def address(self) -> str:
+    def rounds(self, names: Sequence[str], at_once: int) -> Iterator[list[str]]:
+        """Yield a few of the names, until each has had its turns."""
+        for _round in range(ROUNDS):
+            mixed = self._random.sample(names, len(names))
+            yield from (mixed[at : at + at_once] for at in range(0, len(mixed), at_once))
+
+    def address(self, names: Sequence[str] = ()) -> str:
         # Most ids are good, so that what lies behind them is reached.
         given = self._random.choice(self._ids) if self._random.random() < 0.8 else self.value()
-        names = self._random.choices(PARAMETERS, k=self._random.randrange(3))
+        names = list(names)
         if self._random.random() < 0.3:
             names.append(self._random.choice(self._columns) + self._random.choice(LOOKUPS))
         query = "&".join(f"{name}={encoded(self.value()[:5000])}" for name in names)
         return f"{address_of(self._view, given[:5000])}?{query}"
 
-    def body(self, shown: dict[str, str]) -> str:
-        """Return what the page's form holds, with some of it replaced."""
+    def body(self, shown: dict[str, str], names: Sequence[str]) -> str:
+        """Return what the page's form holds, with these fields of it replaced."""
         given = {name: [value] for name, value in shown.items()}
-        names = [*given, *HIDDEN]
-        for name in self._random.choices(names, k=self._random.choice([1, 1, 2, 9])):
+        for name in names:
             given[name] = [self.value() for _ in range(self._random.randrange(1, 3))]
         return "&".join(
             f"{encoded(name)}={encoded(value)}"
@@ -184,8 +190,16 @@ class Fuzzer:
             for value in values
         )
 
-    def method(self) -> str:
-        return self._random.choice(METHODS)
+    def requests(self, shown: dict[str, str]) -> Iterator[tuple[str, str, str]]:
+        """Yield a method, an address and a body, until all names have had their turns."""
+        for names in self.rounds(PARAMETERS, PARAMETERS_AT_ONCE):
+            yield "get", self.address(names), ""
+        # A form whose other fields are wrong as well does not get far: few at once.
+        fields = [*shown, *HIDDEN]
+        for names in self.rounds(fields, FIELDS_AT_ONCE if shown else len(fields)):
+            yield "post", self.address(), self.body(shown, names)
+        yield "post", self.address(), self.body(shown, fields)
+        yield self._random.choice(OTHER_METHODS), self.address(), ""
 
 
 def address_of(view: str, given: str) -> str:
@@ -226,10 +240,7 @@ def test_no_request_to_a_view_is_an_error_of_the_server(view: str, admin_client:
     for each in ids:
         shown |= shown_fields(admin_client.get(address_of(view, each)))
     errors = []
-    count = REQUESTS_OF_A_VIEW * (MORE_OF_A_FORM if view.endswith(FORMS) else 1)
-    for _ in range(count):
-        method, address = fuzzer.method(), fuzzer.address()
-        body = fuzzer.body(shown) if method == "post" else ""
+    for method, address, body in fuzzer.requests(shown):
         # Each request finds the same flows.
         with atomic():
             try:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from copy import copy
 from typing import Any, ClassVar
 
 from django.contrib import admin, messages
+from django.contrib.admin.models import DELETION
 from django.contrib.admin.views.main import ChangeList
 from django.core.exceptions import PermissionDenied
 from django.db.models import QuerySet
@@ -18,9 +20,10 @@ from django.views.decorators.debug import sensitive_post_parameters
 
 from ..models import FlowExecution
 from ..service import flow_service
-from ..status import FINISHED
+from ..status import FINISHED, FlowStatus
 from .actions import FLOW_ACTIONS, FlowAction, apply, in_batches, list_action
 from .by_hand import by_hand_page
+from .deletion import delete_selected, kept
 from .filters import StatusFilter, TemplateFilter, WhenFilter
 from .flow_list import FlowColumns, add_attempts, live_query, rows_asked_for, search
 from .flow_page import flow_page
@@ -29,6 +32,7 @@ from .pages import (
     admin_url,
     flow_or_refusal,
     flow_url,
+    log_all,
     refuse_other_methods,
     values_deleted,
 )
@@ -67,7 +71,7 @@ class FlowExecutionAdmin(FlowColumns, ListedLookups):
     )
     show_full_result_count = False
     paginator = BoundedPaginator
-    actions = tuple(list_action(action) for action in FLOW_ACTIONS)
+    actions = (*(list_action(action) for action in FLOW_ACTIONS), delete_selected)
 
     class Media:
         css: ClassVar = {"all": ("ebbs_and_flows/admin.css",)}
@@ -280,21 +284,59 @@ class FlowExecutionAdmin(FlowColumns, ListedLookups):
         needed = set() if may_delete else {str(self.opts.verbose_name)}
         return names, {str(self.opts.verbose_name_plural): count}, needed, running
 
+    def delete_view(
+        self, request: HttpRequest, object_id: str, extra_context: dict[str, Any] | None = None
+    ) -> HttpResponse:
+        """Ask before a flow is deleted; say so where it is not over any more."""
+        if request.method == "POST" and self.has_delete_permission(request):
+            flow = flow_or_refusal(self, request, object_id)
+            if isinstance(flow, HttpResponse):
+                return flow
+            # What a subclass refuses for another reason stays refused.
+            over = copy(flow)
+            over.status = FlowStatus.SUCCEEDED
+            if not flow.is_finished and self.has_delete_permission(request, over):
+                return self._kept_response(request, flow)
+        return super().delete_view(request, object_id, extra_context)
+
+    def log_deletions(self, request: HttpRequest, queryset: Any) -> Any:
+        """Log nothing: the deletion logs what it has deleted."""
+        return []
+
+    def response_delete(self, request: HttpRequest, obj_display: str, obj_id: int) -> HttpResponse:
+        """Say that the flow was deleted, or why it was kept."""
+        flow = flows().filter(pk=obj_id).first()
+        if flow is not None:
+            return self._kept_response(request, flow)
+        return super().response_delete(request, obj_display, obj_id)
+
     def delete_queryset(self, request: HttpRequest, queryset: QuerySet[Any]) -> None:
         """Delete what is still over at this moment."""
-        for batch in in_batches(queryset.filter(status__in=FINISHED)):
-            self._delete([flow.pk for flow in batch])
+        self.delete_if_over(request, queryset)
+
+    def delete_if_over(self, request: HttpRequest, queryset: QuerySet[Any]) -> int:
+        """Delete what is still over at this moment; return how many flows were."""
+        return sum(
+            self._delete(request, [flow.pk for flow in batch]) for batch in in_batches(queryset)
+        )
 
     def delete_model(self, request: HttpRequest, obj: FlowExecution) -> None:
         """Delete a flow if it is still over at this moment."""
-        self._delete([obj.pk])
+        self._delete(request, [obj.pk])
 
-    @staticmethod
-    def _delete(pks: list[int]) -> None:
-        def delete() -> None:
+    def _delete(self, request: HttpRequest, pks: list[int]) -> int:
+        def delete() -> list[FlowExecution]:
             # Locked, or a rerun that is made meanwhile would refer to a flow that is gone.
             found = flows().filter(pk__in=pks, status__in=FINISHED).order_by("pk")
-            locked = list(found.select_for_update().values_list("pk", flat=True))
-            flows().filter(pk__in=locked).delete()
+            locked = list(found.select_for_update())
+            flows().filter(pk__in=[flow.pk for flow in locked]).delete()
+            return locked
 
-        flow_service.repository.in_transaction(delete)
+        deleted = flow_service.repository.in_transaction(delete)
+        if deleted:
+            log_all(request, deleted, DELETION, "")
+        return len(deleted)
+
+    def _kept_response(self, request: HttpRequest, flow: FlowExecution) -> HttpResponse:
+        messages.warning(request, kept(1))
+        return HttpResponseRedirect(flow_url(self.admin_site, flow.pk))

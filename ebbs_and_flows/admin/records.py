@@ -43,6 +43,12 @@ class ListedLookups(_ModelAdmin):
             *(item.parameter_name for item in filters if hasattr(item, "parameter_name")),
         }
 
+    def get_object(
+        self, request: HttpRequest, object_id: str, from_field: str | None = None
+    ) -> Any:
+        """Return the row with that id; for `_to_field=`, Django looks for a field named ""."""
+        return super().get_object(request, object_id, from_field or None)
+
 
 class ReadOnlyAdmin(ListedLookups):
     """Shows records and changes none."""

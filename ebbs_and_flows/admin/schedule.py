@@ -9,7 +9,7 @@ from django import forms
 from django.contrib import admin, messages
 from django.contrib.admin.models import ADDITION
 from django.db.models import QuerySet
-from django.http import HttpRequest, HttpResponse, HttpResponseRedirect
+from django.http import HttpRequest, HttpResponse, HttpResponseBadRequest, HttpResponseRedirect
 from django.template.response import TemplateResponse
 from django.utils.translation import gettext as _
 from django.views.decorators.debug import sensitive_variables
@@ -56,8 +56,12 @@ def schedule_page(
     )
     form.read_context_like(stored, visible_rows(model_admin.admin_site, request))
     parameters = _parameters(template, request, offered)
-    # Both are asked, so that all errors are shown at once.
-    is_valid = all([form.is_valid(), parameters is None or parameters.is_valid()])
+    try:
+        # Both are asked, so that all errors are shown at once.
+        is_valid = all([form.is_valid(), parameters is None or parameters.is_valid()])
+    except RecursionError:
+        # Django's JSONField can neither clean such a text nor show it again.
+        return HttpResponseBadRequest(_("This is nested too deeply."))
     if is_post and is_valid:
         context = (
             form.cleaned_data["context"]

@@ -55,7 +55,7 @@ def test_from_the_failure_in_the_list_to_the_mended_rerun(
     value = page.get_by_label("bad", exact=False).first
     value.fill('"broken')
     page.get_by_role("button", name="Start a new flow at charge").click()
-    expect(page.locator(".ebbs-wrong .errorlist")).to_contain_text("This is no JSON")
+    expect(page.locator(".ebbs-wrong .errorlist")).to_contain_text("Invalid JSON: ")
     expect(page.get_by_label("bad", exact=False).first).to_have_value('"broken')
     page.get_by_label("bad", exact=False).first.fill('""')
     page.get_by_role("button", name="Start a new flow at charge").click()

@@ -1,0 +1,66 @@
+"""Looks for published vulnerabilities in what the package needs, and in what is installed.
+
+The lower bounds of pyproject.toml are compared with the list in `advisories.toml`, which needs no
+network. What is installed is looked up by pip-audit, unless its service cannot be reached: that is
+printed, and is no failure.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tomllib
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from tests.lowest import lowest, parts
+
+LIST = Path(__file__).parent / "advisories.toml"
+_UNREACHABLE = ("ConnectionError", "ServiceError", "Max retries", "Name or service", "timed out")
+
+
+def advisories() -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = tomllib.loads(LIST.read_text())["advisory"]
+    return found
+
+
+def problems() -> list[str]:
+    """Return a sentence for each lower bound that a published vulnerability is in."""
+    bounds = lowest()
+    return [
+        f"{advisory['package']}>={bound} admits {', '.join(advisory['ids'])}:"
+        f" require {advisory['fixed_in']} ({advisory['source']})."
+        for advisory in advisories()
+        for bound in sorted(bounds.get(advisory["package"], ()))
+        if parts(bound) < parts(advisory["fixed_in"])
+    ]
+
+
+def _audit_installed() -> int:
+    if find_spec("pip_audit") is None:
+        print("pip-audit: SKIPPED, it is not installed.")
+        return 0
+    command = [sys.executable, "-m", "pip_audit", "--progress-spinner=off", "--skip-editable"]
+    done = subprocess.run([*command, "--timeout=10"], check=False, capture_output=True, text=True)
+    said = done.stdout + done.stderr
+    if done.returncode and any(sign in said for sign in _UNREACHABLE):
+        print("pip-audit: SKIPPED, its service cannot be reached.")
+        return 0
+    print(said)
+    return done.returncode
+
+
+def main() -> int:
+    found = problems()
+    for problem in found:
+        print(problem)
+    if not found:
+        print(f"Lower bounds: none has one of the {len(advisories())} advisories in {LIST.name}.")
+    return int(bool(found)) or _audit_installed()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
