@@ -550,6 +550,25 @@ def test_the_overview_warns_when_free_workers_leave_due_flows(admin_client: Clie
     assert "Restart what runs" not in page(admin_client, LIST)
 
 
+def test_the_overview_warns_when_no_live_worker_has_the_code(admin_client: Client) -> None:
+    flow = flow_runner.schedule_flow("billing")
+    now = timezone.now()
+    FlowExecution.objects.filter(pk=flow.pk).update(run_at=now - timedelta(minutes=5))
+    older = ["billing", 1, ["first"]]
+    WorkerProcess.objects.create(name="w:1", started_at=now, seen_at=now, templates=[older])
+    response = admin_client.get(LIST)
+    text = response.content.decode()
+    assert 'class="ebbs-warning" role="alert">A flow has been due for 5 min' in text
+    assert "and no running worker has the code for it. Restart what runs manage.py" in text
+    assert response.context["overview"].figures[3].tone == "bad"
+    why = "has &#x27;charge&#x27; as task 1, where template &#x27;billing&#x27;, version 1, has no"
+    assert why in page(admin_client, f"{LIST}{flow.pk}/change/")
+    now_known = ["billing", 1, ["first", "charge"]]
+    WorkerProcess.objects.update(templates=[now_known])
+    assert "has the code for it" not in page(admin_client, LIST)
+    assert why not in page(admin_client, f"{LIST}{flow.pk}/change/")
+
+
 def test_the_overview_finds_the_oldest_due_flow_behind_others_of_every_priority(
     admin_client: Client,
 ) -> None:
