@@ -123,9 +123,14 @@ def _run(database: str, todo: list[Mutant], options: Any) -> dict[str, dict[str,
         finally:
             for child in children:
                 child.terminate()
-                child.wait()
             found = _results(directory)
             _append(options.state, found, database)
+            for child in children:
+                try:
+                    child.wait(20)
+                except subprocess.TimeoutExpired:
+                    child.kill()
+                    child.wait()
         return found
 
 
