@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -11,6 +11,7 @@ import pytest
 from django.utils import timezone
 
 from ebbs_and_flows import ExecutionContext, FlowRunner, FlowTemplate, TaskStatus, task
+from ebbs_and_flows.conf import get_settings
 from ebbs_and_flows.integrity import IntegrityCheck
 from ebbs_and_flows.models import (
     ExecutionContextEntry,
@@ -28,6 +29,7 @@ from ebbs_and_flows.worker import Worker
 pytestmark = pytest.mark.django_db(transaction=True)
 
 LEASE = timedelta(seconds=300)
+MAX_INTERRUPTIONS = get_settings().MAX_INTERRUPTIONS
 FAILURE = Failure.without_traceback("ValueError", "no")
 
 
@@ -233,6 +235,15 @@ def failure_that_is_forgiven(stage: Stage) -> None:
     assert [item.reason for item in made][-2] == "a asked to be called again"
 
 
+def failure_that_may_not_be_retried(stage: Stage) -> None:
+    with stage.service.repository.step():
+        stage.service.fail_step(stage.run, FAILURE, forgive=True)
+    assert_over(stage, FlowStatus.FAILED)
+    made = FlowTransition.objects.filter(flow_execution=stage.flow.pk).order_by("pk").last()
+    assert made is not None
+    assert made.reason == "a failed: ValueError"
+
+
 def failure_of_a_cancelled_flow(stage: Stage) -> None:
     stage.service.cancel(stage.flow, actor="ada")
     with stage.service.repository.step():
@@ -251,10 +262,27 @@ def recovery(stage: Stage) -> None:
     assert now.run_at >= before - timedelta(seconds=1)
     assert (stage.last.status, stage.last.error_type) == ("FAILED", "TaskInterrupted")
     made = FlowTransition.objects.filter(flow_execution=stage.flow.pk).order_by("pk")
-    assert [(item.from_status, item.to_status, item.actor) for item in made][-2:] == [
-        ("RUNNING", "FAILED", "recovery"),
-        ("FAILED", "RESCHEDULED", "recovery"),
+    assert [(item.from_status, item.to_status, item.actor, item.reason) for item in made][-2:] == [
+        ("RUNNING", "FAILED", "recovery", stage.last.output),
+        ("FAILED", "RESCHEDULED", "recovery", ""),
     ]
+    assert stage.last.output.startswith("interrupted: worker a worker was lost")
+
+
+def recovery_for_the_last_time(stage: Stage) -> None:
+    FlowExecution.objects.filter(pk=stage.flow.pk).update(interruptions=MAX_INTERRUPTIONS)
+    expire(stage)
+    assert stage.service.recover_expired() == 1
+    assert_over(stage, FlowStatus.FAILED)
+    assert stage.now.interruptions == MAX_INTERRUPTIONS + 1
+    assert f"lost its worker {MAX_INTERRUPTIONS + 1} times" in stage.last.output
+
+
+def recovery_but_for_the_last_time(stage: Stage) -> None:
+    FlowExecution.objects.filter(pk=stage.flow.pk).update(interruptions=MAX_INTERRUPTIONS - 1)
+    expire(stage)
+    assert stage.service.recover_expired() == 1
+    assert stage.now.status == FlowStatus.RESCHEDULED
 
 
 def recovery_of_a_cancelled_flow(stage: Stage) -> None:
@@ -386,8 +414,11 @@ ACTS: list[Callable[[Stage], None]] = [
     failure_that_is_retried,
     interruption_by_the_database,
     failure_that_is_forgiven,
+    failure_that_may_not_be_retried,
     failure_of_a_cancelled_flow,
     recovery,
+    recovery_for_the_last_time,
+    recovery_but_for_the_last_time,
     recovery_of_a_cancelled_flow,
     keyboard_interrupt,
     renewal,
@@ -405,32 +436,57 @@ ACTS: list[Callable[[Stage], None]] = [
 ]
 
 
+@dataclass
+class Told:
+    """What was announced: of flows, their transitions; the attempts that ended."""
+
+    transitions: list[tuple[int, str, str, str, str]] = field(default_factory=list)
+    attempts: list[int] = field(default_factory=list)
+
+    def on_status(
+        self,
+        flow_execution: FlowExecution,
+        from_status: str,
+        to_status: str,
+        actor: str,
+        reason: str,
+        **_: Any,
+    ) -> None:
+        self.transitions.append((flow_execution.pk, from_status, to_status, actor, reason))
+
+    def on_task(self, task_execution: TaskExecution, **_: Any) -> None:
+        self.attempts.append(task_execution.pk)
+
+
 @pytest.fixture
-def told(stage: Stage) -> Iterator[set[int]]:
-    """The flows that something is announced of."""
-    flows: set[int] = set()
-
-    def on_status(flow_execution: FlowExecution, **_: Any) -> None:
-        flows.add(flow_execution.pk)
-
-    def on_task(task_execution: TaskExecution, **_: Any) -> None:
-        flows.add(task_execution.flow_execution_id)
-
-    flow_status_changed.connect(on_status)
-    task_finished.connect(on_task)
-    yield flows
-    flow_status_changed.disconnect(on_status)
-    task_finished.disconnect(on_task)
+def told(stage: Stage) -> Iterator[Told]:
+    told = Told()
+    flow_status_changed.connect(told.on_status)
+    task_finished.connect(told.on_task)
+    yield told
+    flow_status_changed.disconnect(told.on_status)
+    task_finished.disconnect(told.on_task)
 
 
 @pytest.mark.parametrize("act", ACTS)
 def test_i1_to_i6_what_is_done_to_one_flow_touches_no_other(
-    stage: Stage, told: set[int], act: Callable[[Stage], None]
+    stage: Stage, told: Told, act: Callable[[Stage], None]
 ) -> None:
     before = stage.others()
+    last = FlowTransition.objects.order_by("pk").last()
+    assert last is not None
     act(stage)
     assert stage.others() == before
-    assert told <= {stage.flow.pk}
-    if act not in {age, deletion_of_values}:
+    if act is pruning:
+        return
+    # What is stored is announced, once and in its order, and nothing else is.
+    stored = FlowTransition.objects.filter(pk__gt=last.pk).order_by("pk")
+    assert told.transitions == [
+        (stage.flow.pk, item.from_status, item.to_status, item.actor, item.reason)
+        for item in stored
+    ]
+    ended = TaskExecution.objects.filter(flow_execution=stage.flow.pk).exclude(status="RUNNING")
+    assert told.attempts == list(ended.order_by("pk").values_list("pk", flat=True))
+    if act is not deletion_of_values:
         found = [item for item in IntegrityCheck().findings() if item.flow_id == stage.flow.pk]
         assert found == []

@@ -237,3 +237,65 @@ def test_a_flow_that_is_refused_after_its_deadline_is_announced_with_the_error(
         task_finished.disconnect(on_task)
     assert [type(error).__name__ for error in errors] == ["DeadlineExceeded"]
     assert runner.service.get_flow_execution(run.flow).status == FlowStatus.FAILED
+
+
+def test_an_interruption_uses_up_no_attempt_of_a_retry_rule(runner: FlowRunner) -> None:
+    @task(retry=Retry(attempts=2, delay=0))
+    def fails(context: ExecutionContext) -> ExecutionContext:
+        raise ValueError("no")
+
+    template = runner.register_flow_template(FlowTemplate("order", tasks=[fails]))
+    run = claimed(runner, template)
+    past = timezone.now() - timedelta(seconds=5)
+    FlowExecution.objects.filter(pk=run.flow.pk).update(lease_expires_at=past)
+    assert runner.service.recover_expired() == 1
+    while runner.run_next() is not None:
+        pass
+    errors = TaskExecution.objects.order_by("attempt").values_list("error_type", flat=True)
+    assert list(errors) == ["TaskInterrupted", "ValueError", "ValueError"]
+
+
+def test_i2_a_step_into_a_task_that_a_deploy_has_added_stores_the_new_plan(
+    runner: FlowRunner,
+) -> None:
+    runner.register_flow_template(template_of("a"))
+    flow = runner.schedule_flow("order")
+    new = template_of("a", "b", version=2)
+    run = runner.service.claim_flow(flow, new, "a worker")
+    assert run is not None
+    assert runner.service.begin(run, new)
+    assert runner.service.get_flow_execution(flow).plan == template_of("a").plan
+    assert runner.service.succeed_step(run, {}, "b")
+    assert runner.service.get_flow_execution(flow).plan == new.plan
+
+
+def test_i5_a_claimed_flow_without_a_task_left_ends_or_is_cancelled(runner: FlowRunner) -> None:
+    template = runner.register_flow_template(template_of("a"))
+    for is_cancelled in (False, True):
+        run = claimed(runner, template)
+        if is_cancelled:
+            runner.service.cancel(run.flow, actor="ada")
+        # As where a deploy has taken the last tasks away.
+        TaskExecution.objects.all().delete()
+        run.attempt = 0
+        assert not runner.service.begin(run, template)
+        made = FlowTransition.objects.filter(flow_execution=run.flow.pk).order_by("pk").last()
+        assert made is not None
+        expected = ("CANCELLED", "ada") if is_cancelled else ("SUCCEEDED", "a worker")
+        assert (made.to_status, made.actor) == expected
+        assert runner.service.get_flow_execution(run.flow).lease_expires_at is None
+
+
+def test_i5_a_drifted_flow_without_an_attempt_fails_at_the_task_of_its_plan(
+    runner: FlowRunner,
+) -> None:
+    run = claimed(runner, runner.register_flow_template(template_of("a", "b")))
+    FlowExecution.objects.filter(pk=run.flow.pk).update(current_task_index=1)
+    TaskExecution.objects.all().delete()
+    run.task_index, run.attempt = 1, 0
+    assert not runner.service.begin(run, template_of("x", "y"))
+    last = TaskExecution.objects.order_by("pk").last()
+    assert last is not None
+    assert (last.task_name, last.attempt, last.status) == ("b", 1, "FAILED")
+    assert last.error_type == "TemplateDrift"
+    assert runner.service.get_flow_execution(run.flow).status == FlowStatus.FAILED
