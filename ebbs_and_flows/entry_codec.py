@@ -111,12 +111,16 @@ def _load(path: str) -> EntryCodec:
     return cast(EntryCodec, codec)
 
 
+class _NotText(Exception):
+    """What a codec has returned instead of a text; the message holds no value."""
+
+
 def _expect_text(made: Any) -> str:
     if not isinstance(made, str):
-        raise TypeError(f"it returns {type(made).__name__}, not str")
+        raise _NotText(f"it returns {type(made).__name__}, not str")
     return made
 
 
 def _said(error: Exception) -> str:
     """Return an error's type; its message could hold the value or a key."""
-    return str(error) if type(error) is TypeError else type(error).__name__
+    return str(error) if type(error) is _NotText else type(error).__name__

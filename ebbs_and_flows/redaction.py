@@ -37,6 +37,7 @@ _USER_IN_URL: Final = re.compile(r"""://[^\s/"'<>]*@""")
 _PART: Final = 200
 _CLOSING: Final = {"{": "}", "[": "]", "(": ")"}
 _BRACKETS: Final = re.compile(r"[{}\[\]()]")
+_VALUES: Final = frozenset({"value", "values", "val", "content", "data"})
 _NAMING: Final = frozenset({"name", "key", "field", "label", "header", "parameter", "param"})
 
 
@@ -141,11 +142,15 @@ class Redactor:
         return _USER_IN_URL.sub(f"://{self.mask}@", text) if "://" in text else text
 
     def _without_values(self, text: str) -> str:
-        parts, at = [], 0
+        parts, at, is_named = [], 0, False
         found = _NAME.search(text)
         while found is not None:
             after = found.end()
-            if self._is_secret_in_text(found["name"]):
+            name = found["name"]
+            if name in _NAMING:
+                # As in `{"name": "password", "value": "..."}`.
+                is_named = self._names_a_secret(self._value_at(text, after))
+            if self._is_secret_in_text(name) or (is_named and name in _VALUES):
                 parts.append(text[at:after])
                 at = self._end_of_value(text, after)
                 parts.append(self.mask if at > after else "")
@@ -158,6 +163,12 @@ class Redactor:
             return False
         # Pydantic's errors quote what they were given.
         return name == "input_value" or self.is_secret(name)
+
+    @staticmethod
+    def _value_at(text: str, start: int) -> str:
+        """Return a text in quotes, or a word, that is there; of what is long, the beginning."""
+        value = _VALUE.match(text, start, start + 210)
+        return value[0].strip("\"'\\") if value else ""
 
     @staticmethod
     def _end_of_value(text: str, start: int) -> int:

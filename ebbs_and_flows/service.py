@@ -322,6 +322,8 @@ class FlowService(BulkService):
             if not self.repository.keep(source.pk):
                 # It was pruned meanwhile.
                 raise flow_not_found(source.pk)
+            # Asked again behind the lock: without its values, a rerun would start with none.
+            check_has_values(self.get_flow_execution(source))
             stored = self.repository.stored_entries_before(source, index)
             changed = dict(ExecutionContext(changes or {}))
             if changed:

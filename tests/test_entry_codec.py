@@ -59,6 +59,11 @@ class Breaks(FernetCodec):
         raise OSError(f"no key for {text}")
 
 
+class Mistaken(FernetCodec):
+    def encode(self, text: str) -> str:
+        raise TypeError(f"{text!r} is no number")
+
+
 class NoText(FernetCodec):
     def encode(self, text: str) -> Any:
         return text.encode()
@@ -277,7 +282,7 @@ def test_an_entry_that_cannot_be_read_is_named(admin_client: Client, settings: A
 
 
 def test_what_cannot_be_encoded_is_not_stored(settings: Any) -> None:
-    for codec, sentence in (("Breaks", "OSError"), ("NoText", "bytes")):
+    for codec, sentence in (("Breaks", "OSError"), ("Mistaken", "TypeError"), ("NoText", "bytes")):
         settings.EBBS_AND_FLOWS = {"ENTRY_CODEC": f"{__name__}.{codec}"}
         with pytest.raises(UnstorableValue, match="The entry 'customer' cannot be encoded") as it:
             flow_runner.schedule_flow("sold", {"customer": SECRET})

@@ -23,6 +23,7 @@ from django.core.management import CommandError
 
 import ebbs_and_flows
 from ebbs_and_flows import actors, conf, flows, models, outputs, session_state, validation, values
+from ebbs_and_flows.admin import values_shown
 from ebbs_and_flows.admin.attempts import log_lines
 from ebbs_and_flows.admin.pieces import cut
 from ebbs_and_flows.admin.values_shown import shown_value
@@ -50,6 +51,7 @@ def quoting(text: str) -> None:
 # What each pattern of the package is for: the pattern, or what uses it, as it is used.
 PATTERNS: dict[str, Callable[[str], Any]] = {
     "actors._WORKER": actors._WORKER.fullmatch,
+    "admin.values_shown._TEXT": lambda text: list(values_shown._TEXT.finditer(text)),
     "conf._TRACE_URL": conf._TRACE_URL.fullmatch,
     "flows._PERMISSION": flows._PERMISSION.fullmatch,
     "management.arguments._DURATION": arguments._DURATION.fullmatch,

@@ -94,6 +94,15 @@ def test_a_secret_inside_a_value_is_masked(value: Any, shown: Any) -> None:
             "amount [type=int_parsing, input_value='s3cret', input_type=str]",
             f"amount [type=int_parsing, input_value={MASK}, input_type=str]",
         ),
+        (
+            """{'name': 'password', 'value': 's3cret'}, {'name': 'n', 'value': 1}""",
+            f"""{{'name': 'password', 'value': {MASK}}}, {{'name': 'n', 'value': 1}}""",
+        ),
+        (
+            r"{\"header\": \"Authorization\", \"value\": \"s3cret\"}",
+            rf"{{\"header\": \"Authorization\", \"value\": {MASK}}}",
+        ),
+        ("field=password error=required", "field=password error=required"),
         ("KeyError: 'charge'", "KeyError: 'charge'"),
         ("InvalidTokenError: it has expired", "InvalidTokenError: it has expired"),
         ("author=ada passenger: bob", "author=ada passenger: bob"),
@@ -335,3 +344,22 @@ def test_an_error_mail_has_none_of_what_was_typed(
         assert "ZeroDivisionError" in sent.body
         for text in (sent.body, *(content for content, _kind in sent.alternatives)):
             assert "s3cret" not in text, address
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        [{"value": "s3cret", "name": "password"}],
+        [["Cookie", "s3cret"]],
+        {"header": "Authorization", "parts": ["s3cret"]},
+    ],
+)
+def test_the_beginning_of_a_long_value_names_no_secret_that_it_shows(
+    value: Any, admin_client: Client
+) -> None:
+    with registered(billing()):
+        flow = succeeded(long=[value, "x" * 20_000])
+        for address in (f"{LIST}{flow.pk}/change/", f"{LIST}{flow.pk}/rerun_from/?task=0"):
+            text = page(admin_client, address)
+            assert "s3cret" not in text
+            assert "Too long to be shown here" in text

@@ -135,6 +135,17 @@ def test_a_flow_without_its_values_cannot_go_on_or_run_again(old: Any) -> None:
     assert flow_runner.cancel_flow_execution(old[2]).status == "CANCELLED"
 
 
+def test_a_rerun_of_a_flow_whose_values_are_deleted_meanwhile_is_refused(old: Any) -> None:
+    good = old[0]
+    run("pruneflows", "--values-older-than", "30d")
+    # Read before: it does not know.
+    assert good.values_deleted_at is None
+    template = flow_runner.get_flow_template("billing")
+    with pytest.raises(ValuesDeleted):
+        flow_runner.service.fork(template, good, from_task=0)
+    assert not FlowExecution.objects.filter(rerun_of=good).exists()
+
+
 def test_the_admin_says_so_and_offers_nothing_that_needs_them(
     admin_client: Client, old: Any
 ) -> None:

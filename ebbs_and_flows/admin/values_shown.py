@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,9 @@ from .pieces import cut
 
 FOLDED_ABOVE = 160
 MAX_LINE = 100
+MAX_NAME = 200
+# A text in quotes, which may be cut, and the colon after a name.
+_TEXT = re.compile(r'"((?:[^"\\]|\\.)*+)(?:"(\s*+:)?+)?+', re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +49,7 @@ def shown_value(name: str, stored: str, size: int) -> ShownValue:
     if is_secret(name):
         return ShownValue(type="", text=MASK, is_long=False)
     if size > len(stored):
-        if is_encoded():
+        if is_encoded() or _names_secrets(stored):
             text = _("Too long to be shown here: %(size)s characters.") % {"size": size}
         else:
             text = redact_text(stored)
@@ -67,6 +71,16 @@ def shown_value(name: str, stored: str, size: int) -> ShownValue:
         text=text,
         is_long=len(text) > FOLDED_ABOVE,
         json=_editable(node) if masked == node else "",
+    )
+
+
+def _names_secrets(cut_text: str) -> bool:
+    """Whether a text in the beginning of a stored value is the name of a secret.
+
+    What it names, as in `["Cookie", "..."]`, is found in a whole value only.
+    """
+    return any(
+        not found[2] and is_secret(found[1][:MAX_NAME]) for found in _TEXT.finditer(cut_text)
     )
 
 
