@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+import re
 import signal
 import tempfile
 import time
@@ -42,8 +43,9 @@ from .every_statement import (
     make_ready,
     reschedule,
     run,
+    run_and_stop_in_a_task,
 )
-from .processes import end, has_ended, in_a_process, start, wait_for_its_stop
+from .processes import end, has_ended, has_stopped, in_a_process, start, wait_for_its_stop
 
 PATIENCE = 0.3
 """Seconds that the actor gets while the worker is paused; it may wait for the worker's locks."""
@@ -77,6 +79,14 @@ def recover(case: str) -> None:
 def recover_and_claim(case: str) -> None:
     expire(case)
     run(case)
+
+
+def take_over(case: str) -> None:
+    """Be a second worker that is in the middle of a task when the first one goes on.
+
+    So nothing but the claim tells the two apart.
+    """
+    run_and_stop_in_a_task(case)
 
 
 def step(case: str) -> None:
@@ -143,6 +153,7 @@ def _scenario(case: str) -> Scenario:
 ACTORS: tuple[Callable[[str], None], ...] = (
     recover,
     recover_and_claim,
+    take_over,
     step,
     cancel,
     bulk_cancel,
@@ -159,7 +170,7 @@ ACTORS: tuple[Callable[[str], None], ...] = (
 
 
 CANCELLING = (cancel, bulk_cancel)
-EXPIRING = (recover, recover_and_claim, deploy_newer, deploy_older)
+EXPIRING = (recover, recover_and_claim, take_over, deploy_newer, deploy_older)
 """Those that have a lease expire; no other flow may be taken back from its worker."""
 
 
@@ -250,9 +261,8 @@ def _judge_recoveries(count: Count) -> None:
 
 def _named(problem: str, templates: dict[int, str]) -> str:
     """Return a problem with the case of the flow whose number is in it."""
-    words = problem.replace("#", "").replace(",", "").split()
-    numbers = [int(word) for word in words if word.isdigit()]
-    found = [templates[pk] for pk in numbers[:1] if pk in templates]
+    numbers = re.findall(r"(?:[Ff]low |#)(\d+)", problem)
+    found = [templates[int(pk)] for pk in numbers[:1] if int(pk) in templates]
     return f"{problem} [{', '.join(found)}]"
 
 
@@ -280,12 +290,16 @@ def _try(case: str, number: int, actor: Callable[[str], None], count: Count) -> 
     wait_for_its_stop(worker)
     count.missed += has_ended(worker)
     other = start(partial(_act, case, actor))
-    count.waited += not _ends_within(other, PATIENCE)
+    count.waited += not _within(PATIENCE, partial(has_stopped, other))
     with suppress(ProcessLookupError):
         os.kill(worker, signal.SIGCONT)
+    if actor is take_over:
+        # The worker may wait for the other one, which is in the middle of an atomic task.
+        _ends_within(worker, 1)
     count.tried[actor.__name__] += 1
     for who, pid in (("worker", worker), ("actor", other)):
-        if not _ends_within(pid, TOO_LONG):
+        resume = partial(os.kill, other, signal.SIGCONT) if actor is take_over else None
+        if not _ends_within(pid, TOO_LONG, resume):
             count.problems.append(f"{case}: the {who} was stuck.")
             os.kill(pid, signal.SIGKILL)
         code = end(pid)
@@ -295,9 +309,19 @@ def _try(case: str, number: int, actor: Callable[[str], None], count: Count) -> 
             count.problems.append(f"{case}: the {who} ended with {code}.")
 
 
-def _ends_within(pid: int, seconds: float) -> bool:
+def _ends_within(pid: int, seconds: float, meanwhile: Callable[[], None] | None = None) -> bool:
+    def has_come() -> bool:
+        # Until then its id is its own.
+        if meanwhile is not None:
+            meanwhile()
+        return has_ended(pid)
+
+    return _within(seconds, has_come)
+
+
+def _within(seconds: float, condition: Callable[[], bool]) -> bool:
     until = time.monotonic() + seconds
-    while not has_ended(pid):
+    while not condition():
         if time.monotonic() >= until:
             return False
         time.sleep(0.002)

@@ -227,7 +227,7 @@ def _take_over(tried: Callable[[], int], case: str) -> int:
     """
     stopped = start(tried)
     wait_for_its_stop(stopped)
-    other = start(partial(_run_and_stop_in_a_task, case))
+    other = start(partial(run_and_stop_in_a_task, case))
     wait_for_its_stop(other)
     os.kill(stopped, signal.SIGCONT)
     # It waits for the other one where that is in an atomic task and the database is SQLite.
@@ -238,7 +238,8 @@ def _take_over(tried: Callable[[], int], case: str) -> int:
     return end(other) or end(stopped)
 
 
-def _run_and_stop_in_a_task(case: str) -> int:
+def run_and_stop_in_a_task(case: str) -> int:
+    """Take the flow over, and stop in the middle of a task, or when there was none to run."""
     note = evidence.note
 
     def note_and_stop(event: str, context: ExecutionContext) -> None:
