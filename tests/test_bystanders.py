@@ -181,6 +181,15 @@ def cancelled_at_a_step(stage: Stage) -> None:
     assert (made.from_status, made.actor, made.reason) == ("RUNNING", "ada", "twice")
 
 
+def cancelled_at_a_step_by_no_one(stage: Stage) -> None:
+    stage.service.cancel(stage.flow)
+    assert not stage.service.succeed_step(stage.run, {}, "b")
+    assert_over(stage, FlowStatus.CANCELLED)
+    made = FlowTransition.objects.filter(flow_execution=stage.flow.pk).order_by("pk").last()
+    assert made is not None
+    assert (made.actor, made.reason) == ("a worker", "Cancelled at the end of a task")
+
+
 def cancelled_too_late(stage: Stage) -> None:
     step(stage)
     stage.service.cancel(stage.flow, actor="ada")
@@ -409,6 +418,7 @@ ACTS: list[Callable[[Stage], None]] = [
     last_step,
     step_that_settles,
     cancelled_at_a_step,
+    cancelled_at_a_step_by_no_one,
     cancelled_too_late,
     failure,
     failure_that_is_retried,

@@ -7,20 +7,21 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from django.db import DatabaseError
+from django.db import DatabaseError, transaction
 from django.utils import timezone
 
 from ebbs_and_flows import (
     ExecutionContext,
     FlowRunner,
     FlowTemplate,
+    OuterTransaction,
     Retry,
     RetryLater,
     task,
 )
 from ebbs_and_flows.models import FlowExecution, FlowTransition, TaskExecution
 from ebbs_and_flows.repository import ClaimedRun
-from ebbs_and_flows.repository.database import STATE, TRANSITION
+from ebbs_and_flows.repository.database import FLOW, STATE, TRANSITION
 from ebbs_and_flows.service import FlowService
 from ebbs_and_flows.signals import task_finished
 from ebbs_and_flows.status import FlowStatus
@@ -299,3 +300,73 @@ def test_i5_a_drifted_flow_without_an_attempt_fails_at_the_task_of_its_plan(
     assert (last.task_name, last.attempt, last.status) == ("b", 1, "FAILED")
     assert last.error_type == "TemplateDrift"
     assert runner.service.get_flow_execution(run.flow).status == FlowStatus.FAILED
+
+
+def test_i5_a_flow_that_was_handed_back_is_claimed_without_a_transition(
+    runner: FlowRunner,
+) -> None:
+    template = runner.register_flow_template(template_of("a", "b"))
+    run = claimed(runner, template)
+    assert not runner.service.succeed_step(run, {}, "b", hand_back=True)
+    started = runner.service.get_flow_execution(run.flow).started_at
+    transitions = FlowTransition.objects.count()
+    again = runner.service.claim([template], "another worker")
+    assert again is not None
+    assert (again.claim, again.claimed_from, again.task_name) == (2, "RUNNING", "b")
+    assert FlowTransition.objects.count() == transitions
+    assert runner.service.get_flow_execution(run.flow).started_at == started is not None
+
+
+@pytest.mark.parametrize("best", ["x", "y", "z"])
+def test_the_best_flow_of_several_templates_is_claimed_first(
+    runner: FlowRunner, best: str
+) -> None:
+    templates = [
+        runner.register_flow_template(FlowTemplate(name, tasks=[task(name="a")(lambda c: c)]))
+        for name in "xyz"
+    ]
+    for name in "xyz":
+        runner.schedule_flow(name, priority=5 if name == best else -5)
+    run = runner.service.claim(templates, "a worker")
+    assert run is not None
+    assert run.flow.template_name == best
+
+
+def test_entries_that_a_claim_does_not_bring_along_are_read(runner: FlowRunner) -> None:
+    template = runner.register_flow_template(template_of("a"))
+    for size in (10, 100_000):
+        runner.schedule_flow("order", {"text": "x" * size, "other": 1})
+        run = runner.service.claim([template], "a worker")
+        assert run is not None
+        assert {name: len(text) for name, text in run.stored.items()} == {
+            "text": size + 2,
+            "other": 1,
+        }
+
+
+def test_nothing_is_claimed_in_a_transaction_that_could_undo_it(runner: FlowRunner) -> None:
+    template = runner.register_flow_template(template_of("a"))
+    flow = runner.schedule_flow("order")
+    with pytest.raises(OuterTransaction), transaction.atomic(using=connection.alias):
+        runner.service.claim([template], "a worker")
+    assert runner.service.get_flow_execution(flow).status == FlowStatus.SCHEDULED
+
+
+@pytest.mark.skipif(connection.vendor != "postgresql", reason="only PostgreSQL skips locked rows")
+def test_i3_a_flow_that_another_worker_has_locked_is_skipped(runner: FlowRunner) -> None:
+    template = runner.register_flow_template(template_of("a"))
+    best, other = runner.schedule_flow("order", priority=9), runner.schedule_flow("order")
+    runner.service.repository.rank_due()
+    rival = connection.copy()
+    try:
+        rival.set_autocommit(False)
+        with rival.cursor() as cursor:
+            cursor.execute(f"SELECT 1 FROM {FLOW} WHERE id = %s FOR UPDATE", [best.pk])
+        with connection.cursor() as cursor:
+            cursor.execute("SET lock_timeout = '2s'")
+        run = runner.service.claim([template], "a worker")
+    finally:
+        rival.close()
+        connection.close()
+    assert run is not None
+    assert run.flow.pk == other.pk

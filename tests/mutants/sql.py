@@ -77,7 +77,7 @@ def _without_conditions(text: str) -> Iterator[tuple[str, str]]:
     for start, word in starts:
         end = _end(text, start, _ENDS)
         condition = text[start:end].strip()
-        if not condition or condition.startswith("CASE"):
+        if not condition or condition.startswith(("CASE", "TRUE")):
             continue
         ignored = "AND 1 = 0" if word == "OR" else "OR 1 = 1"
         changed = f"{text[:start]}({condition} {ignored}){text[end:]}"
