@@ -7,7 +7,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from django.db import DatabaseError, transaction
+from django.db import DatabaseError, OperationalError, transaction
 from django.utils import timezone
 
 from ebbs_and_flows import (
@@ -19,12 +19,15 @@ from ebbs_and_flows import (
     RetryLater,
     task,
 )
+from ebbs_and_flows.body import BodyFailed
+from ebbs_and_flows.conf import get_settings
 from ebbs_and_flows.models import FlowExecution, FlowTransition, TaskExecution
 from ebbs_and_flows.repository import ClaimedRun
 from ebbs_and_flows.repository.database import FLOW, STATE, TRANSITION
 from ebbs_and_flows.service import FlowService
 from ebbs_and_flows.signals import task_finished
 from ebbs_and_flows.status import FlowStatus
+from ebbs_and_flows.worker import _Again
 
 from .databases import connection
 from .test_fence import Before
@@ -370,3 +373,38 @@ def test_i3_a_flow_that_another_worker_has_locked_is_skipped(runner: FlowRunner)
         connection.close()
     assert run is not None
     assert run.flow.pk == other.pk
+
+
+def test_i2_attempts_from_before_a_step_use_up_no_allowance_of_its_next_task(
+    runner: FlowRunner,
+) -> None:
+    run = claimed(runner, runner.register_flow_template(template_of("a", "b")))
+    # As where a deploy has put another task in front of one that was tried.
+    run.earlier_attempts = {"b": 2}
+    assert runner.service.succeed_step(run, {"x": "1"}, "b")
+    assert (run.attempt, run.counted_attempts) == (3, 1)
+    last = TaskExecution.objects.order_by("pk").last()
+    assert last is not None
+    assert (last.pk, last.attempt, last.status) == (run.task_execution_id, 3, "RUNNING")
+    assert runner.service.get_flow_execution(run.flow).forgiven_attempts == 2
+
+
+def test_what_the_database_undid_is_made_again_as_often_as_a_worker_may_be_lost(
+    runner: FlowRunner,
+) -> None:
+    template = runner.register_flow_template(template_of("a"))
+    run, most = claimed(runner, template), get_settings().MAX_INTERRUPTIONS
+    error = BodyFailed(OperationalError("deadlock"), was_undone=True)
+    for run.interruptions in range(most + 1):
+        again = _Again.of(run, template.tasks[0], error)
+        expected = (0, True) if run.interruptions < most else (None, False)
+        assert (again.after, again.interrupted) == expected
+
+
+def test_of_several_that_ask_for_later_the_latest_counts(runner: FlowRunner) -> None:
+    template = runner.register_flow_template(template_of("a"))
+    run = claimed(runner, template)
+    for delays in ([9, 5], [5, 9], [0, 9]):
+        group = ExceptionGroup("later", [RetryLater(delay) for delay in delays])
+        again = _Again.of(run, template.tasks[0], BodyFailed(group))
+        assert (again.after, again.forgive) == (9, True)
