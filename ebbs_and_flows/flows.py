@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import random
 import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping
@@ -11,7 +12,7 @@ from typing import Any, ClassVar, Final, overload
 
 from django.core.exceptions import NON_FIELD_ERRORS, ValidationError
 from django.db.models import QuerySet
-from django.forms.fields import Field, JSONString
+from django.forms.fields import Field, JSONField, JSONString
 from django.forms.forms import BaseForm
 from django.forms.widgets import MultiWidget
 
@@ -33,6 +34,7 @@ _random = random.SystemRandom()
 """Not the shared one: a task that seeds that would give every retry the same delay."""
 RIGHTS = ("schedule", "reschedule", "rerun", "cancel", "complete", "pause")
 """What a template may ask a permission of its own for."""
+_UNREADABLE_JSON = "A JSON value is nested too deeply, or a number in it has too many digits."
 _SHORT = 20
 """Characters of a value that may stand by chance within a word of a form's message."""
 _PERMISSION = re.compile(r"[A-Za-z_]\w*\.[A-Za-z_]\w*")
@@ -230,6 +232,25 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, JSONString) else value
 
 
+def has_unreadable_json(form: Any) -> bool:
+    """Whether Django's JSONField would raise an error that is no `ValidationError`.
+
+    It does so when it cleans or shows a text that is nested too deeply, or that holds a number of
+    more digits than Python converts.
+    """
+    for name, field in form.fields.items():
+        if isinstance(field, JSONField):
+            prefixed = form.add_prefix(name)
+            value = field.widget.value_from_datadict(form.data, form.files, prefixed)
+            try:
+                json.loads(value if isinstance(value, str) else "0", cls=field.decoder)
+            except json.JSONDecodeError:
+                continue
+            except (RecursionError, ValueError):
+                return True
+    return False
+
+
 def _without_values(problem: ValidationError, given: Iterable[Any]) -> str:
     """Return what a form says, without the values that it was given."""
     texts = sorted({str(value) for value in given} - {""}, key=len, reverse=True)
@@ -389,13 +410,9 @@ class FlowTemplate:
                 self.name,
                 {name: [f"There is no such parameter; there are: {known}."] for name in unknown},
             )
-        try:
-            is_valid = form.is_valid()
-        except RecursionError:
-            # Django's JSONField parses a text of any depth.
-            problem = "A value is nested too deeply: give a flatter one."
-            raise InvalidParameters(self.name, {NON_FIELD_ERRORS: [problem]}) from None
-        if not is_valid:
+        if has_unreadable_json(form):
+            raise InvalidParameters(self.name, {NON_FIELD_ERRORS: [_UNREADABLE_JSON]})
+        if not form.is_valid():
             raise InvalidParameters(
                 self.name,
                 {name: [str(text) for text in form.errors[name]] for name in form.errors},

@@ -49,14 +49,16 @@ class Anything(forms.Form):
     anything = forms.JSONField(required=False)
 
 
-@pytest.mark.parametrize("text", ["[" * 5000 + "]" * 5000, '{"a":' * 5000 + "1" + "}" * 5000])
-def test_a_parameter_that_is_nested_too_deeply_is_refused(text: str, admin_client: Client) -> None:
+@pytest.mark.parametrize(
+    "text", ["[" * 5000 + "]" * 5000, '{"a":' * 5000 + "1" + "}" * 5000, "9" * 5000]
+)
+def test_a_parameter_that_django_cannot_read_is_refused(text: str, admin_client: Client) -> None:
     with registered(type(billing())("asks", tasks=billing().tasks, parameters=Anything)):
         response = admin_client.post(
             f"{TEMPLATES}asks/schedule/", {"priority": "0", "parameters-anything": text}
         )
         assert response.status_code == 400
-        assert response.content == b"This is nested too deeply."
+        assert b"nested too deeply, or a number" in response.content
         with pytest.raises(InvalidParameters, match="nested too deeply"):
             flow_runner.schedule_flow("asks", {"anything": text})
         flow = flow_runner.schedule_flow("asks", {"anything": 1})

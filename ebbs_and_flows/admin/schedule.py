@@ -16,7 +16,7 @@ from django.views.decorators.debug import sensitive_variables
 
 from ..entry_codec import stored_node
 from ..exceptions import EbbsAndFlowsError
-from ..flows import CleanedParameters, FlowTemplate
+from ..flows import CleanedParameters, FlowTemplate, has_unreadable_json
 from ..models import ExecutionContextEntry, FlowExecution
 from ..operator_input import plain
 from ..runner import flow_runner
@@ -56,12 +56,13 @@ def schedule_page(
     )
     form.read_context_like(stored, visible_rows(model_admin.admin_site, request))
     parameters = _parameters(template, request, offered)
-    try:
-        # Both are asked, so that all errors are shown at once.
-        is_valid = all([form.is_valid(), parameters is None or parameters.is_valid()])
-    except RecursionError:
-        # Django's JSONField can neither clean such a text nor show it again.
-        return HttpResponseBadRequest(_("This is nested too deeply."))
+    if is_post and parameters is not None and has_unreadable_json(parameters):
+        # It can neither be cleaned nor be shown again.
+        return HttpResponseBadRequest(
+            _("A JSON value is nested too deeply, or a number in it has too many digits.")
+        )
+    # Both are asked, so that all errors are shown at once.
+    is_valid = all([form.is_valid(), parameters is None or parameters.is_valid()])
     if is_post and is_valid:
         context = (
             form.cleaned_data["context"]
