@@ -7,6 +7,7 @@ printed, and is no failure.
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import tomllib
@@ -44,13 +45,28 @@ def _audit_installed() -> int:
         print("pip-audit: SKIPPED, it is not installed.")
         return 0
     command = [sys.executable, "-m", "pip_audit", "--progress-spinner=off", "--skip-editable"]
-    done = subprocess.run([*command, "--timeout=10"], check=False, capture_output=True, text=True)
-    said = done.stdout + done.stderr
-    if done.returncode and any(sign in said for sign in _UNREACHABLE):
-        print("pip-audit: SKIPPED, its service cannot be reached.")
+    done = subprocess.run(
+        [*command, "--timeout=10", "--format=json"], check=False, capture_output=True, text=True
+    )
+    try:
+        report = json.loads(done.stdout)["dependencies"]
+    except ValueError:
+        if any(sign in done.stderr for sign in _UNREACHABLE):
+            print("pip-audit: SKIPPED, its service cannot be reached.")
+            return 0
+        print(done.stderr)
+        return done.returncode or 1
+    looked_up = [package for package in report if "vulns" in package]
+    if not looked_up:
+        # A mirror of the package index may answer in its place, and knows no vulnerabilities.
+        print(f"pip-audit: SKIPPED, its service knows none of the {len(report)} packages.")
         return 0
-    print(said)
-    return done.returncode
+    for package in looked_up:
+        for found in package["vulns"]:
+            fixed = ", ".join(found["fix_versions"]) or "no version"
+            print(f"{package['name']} {package['version']} has {found['id']}: fixed in {fixed}.")
+    print(f"pip-audit: {len(looked_up)} of {len(report)} installed packages looked up.")
+    return int(any(package["vulns"] for package in looked_up))
 
 
 def main() -> int:
