@@ -176,7 +176,12 @@ class Fuzzer:
         names = list(names)
         if self._random.random() < 0.3:
             names.append(self._random.choice(self._columns) + self._random.choice(LOOKUPS))
-        query = "&".join(f"{name}={encoded(self.value()[:5000])}" for name in names)
+        # Of a name with several values, most pages read the last one, and the others all.
+        query = "&".join(
+            f"{name}={encoded(value[:5000])}"
+            for name in names
+            for value in self._random.sample([*VALUES, *self._ids], len(VALUES) // 2)
+        )
         return f"{address_of(self._view, given[:5000])}?{query}"
 
     def body(self, shown: dict[str, str], names: Sequence[str]) -> str:
