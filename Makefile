@@ -15,7 +15,7 @@ demo-once: $(VENV)/demo.stamp
 # The suite on SQLite and on each database server that answers. Half of the time is waiting, so there
 # are more processes than most machines' cores.
 test: $(VENV)/test.stamp
-	$(BIN)/python tests/on_every_database.py -q -n 6 --dist worksteal
+	$(BIN)/python tests/on_every_database.py -q -n 4 --dist worksteal
 
 # The quick part of it on the newest Python that is here, the newest Django, and behind a router.
 .PHONY: corner
