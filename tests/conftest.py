@@ -21,10 +21,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if settings.DATABASE == "sqlite":
         return
     for item in items:
-        if item.get_closest_marker("own_database"):
-            item.add_marker(pytest.mark.skip(reason="uses a SQLite file of its own: runs once"))
+        if item.get_closest_marker("one_database"):
+            item.add_marker(pytest.mark.skip(reason="the same on every database: runs once"))
         elif not _uses_database(item):
-            item.add_marker(pytest.mark.skip(reason="uses no database: runs once, with SQLite"))
+            item.add_marker(pytest.mark.skip(reason="uses no database: runs once"))
 
 
 def _uses_database(item: pytest.Item) -> bool:

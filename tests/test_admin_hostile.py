@@ -16,7 +16,7 @@ from ebbs_and_flows.models import FlowExecution, TaskExecution
 
 from .operators import EVIL, LIST, TEMPLATES, addresses, page, registered
 
-pytestmark = pytest.mark.django_db
+pytestmark = [pytest.mark.django_db, pytest.mark.one_database]
 
 NAME = "evil <img src=x onerror=alert(2)>"
 MEBIBYTE = 1024 * 1024

@@ -28,7 +28,7 @@ from .databases import FLOWS, atomic
 from .hostile_texts import TEXTS, calls
 from .operators import LIST, TEMPLATES, addresses, registered
 
-pytestmark = pytest.mark.django_db
+pytestmark = [pytest.mark.django_db, pytest.mark.one_database]
 
 LONGER = 16
 LARGE = int(os.environ.get("EBBS_TEST_HOSTILE_BYTES", str(64 * 1024)))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.own_database
+@pytest.mark.one_database
 @pytest.mark.parametrize("theme", ["unfold", "jazzmin"])
 def test_each_page_renders_under(theme: str) -> None:
     done = subprocess.run(

@@ -40,7 +40,7 @@ def check(folder: Path, flows: str | None) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.processes
-@pytest.mark.own_database
+@pytest.mark.one_database
 @pytest.mark.parametrize("wrong", ["import no_such_module", "1 / 0", "def ("])
 def test_an_error_in_an_apps_flows_is_loud_and_names_the_module(
     tmp_path: Path, wrong: str
@@ -53,7 +53,7 @@ def test_an_error_in_an_apps_flows_is_loud_and_names_the_module(
 
 
 @pytest.mark.processes
-@pytest.mark.own_database
+@pytest.mark.one_database
 def test_an_app_needs_no_flows(tmp_path: Path) -> None:
     done = check(tmp_path, None)
     assert done.returncode == 0, done.stderr

@@ -41,7 +41,7 @@ def test_a_latency_is_from_scheduling_to_the_first_task_and_leaves_out_the_first
 
 
 @pytest.mark.processes
-@pytest.mark.own_database
+@pytest.mark.one_database
 @pytest.mark.parametrize(
     ("variant", "complaint"),
     [("once", "2 of 3 tasks ran"), ("twice", "2 of 3 tasks ran, 3 times")],
@@ -53,7 +53,7 @@ def test_a_sample_in_which_not_every_task_ran_once_is_refused(variant, complaint
 
 
 @pytest.mark.processes
-@pytest.mark.own_database
+@pytest.mark.one_database
 def test_a_short_run_measures_ours_and_the_limits(tmp_path):
     ran = subprocess.run(
         [

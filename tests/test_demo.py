@@ -405,7 +405,7 @@ def run_demo(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.processes
-@pytest.mark.own_database
+@pytest.mark.one_database
 def test_demo_once_ends_with_every_flow_succeeded(tmp_path: Path) -> None:
     done = run_demo(tmp_path, "demo", "--once")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -423,7 +423,7 @@ def test_demo_once_ends_with_every_flow_succeeded(tmp_path: Path) -> None:
 
 
 @pytest.mark.processes
-@pytest.mark.own_database
+@pytest.mark.one_database
 def test_a_demo_that_cannot_succeed_says_so(tmp_path: Path) -> None:
     # A file where the folder of the reports would be: no report can be published.
     (tmp_path / "reports").write_text("")
@@ -434,7 +434,7 @@ def test_a_demo_that_cannot_succeed_says_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.processes
-@pytest.mark.own_database
+@pytest.mark.one_database
 def test_a_port_that_is_taken_is_one_sentence(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -508,7 +508,7 @@ def site(tmp_path: Path) -> Iterator[Site]:
 
 
 @pytest.mark.processes
-@pytest.mark.own_database
+@pytest.mark.one_database
 def test_the_site_is_served_and_its_cluster_runs_what_is_scheduled(
     site: Site, tmp_path: Path
 ) -> None:
@@ -536,7 +536,7 @@ def test_the_site_is_served_and_its_cluster_runs_what_is_scheduled(
 
 
 @pytest.mark.processes
-@pytest.mark.own_database
+@pytest.mark.one_database
 @pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_ctrl_c_ends_the_site_and_leaves_no_process(site: Site, ending: signal.Signals) -> None:
     # The cluster, its sentinel, two workers, and two that django-q2 has beside them.
@@ -693,7 +693,7 @@ def aftermath(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, An
 
 
 @pytest.mark.processes
-@pytest.mark.own_database
+@pytest.mark.one_database
 @pytest.mark.parametrize("kill", KILLS, ids=str)
 def test_a_killed_worker_costs_one_attempt_and_nothing_else(
     kill: Kill, aftermath: dict[str, Any]
@@ -717,7 +717,7 @@ def test_a_killed_worker_costs_one_attempt_and_nothing_else(
 
 
 @pytest.mark.processes
-@pytest.mark.own_database
+@pytest.mark.one_database
 def test_killed_workers_leave_each_effect_once(aftermath: dict[str, Any]) -> None:
     assert aftermath["days"] == 365
     assert aftermath["reports"] == 1
@@ -733,7 +733,7 @@ def test_killed_workers_leave_each_effect_once(aftermath: dict[str, Any]) -> Non
 
 
 @pytest.mark.processes
-@pytest.mark.own_database
+@pytest.mark.one_database
 def test_killed_workers_leave_no_half_report(aftermath: dict[str, Any]) -> None:
     reports = sorted((aftermath["folder"] / "reports").glob("[!.]*"))
     assert [path.name for path in reports] == ["airports-HI.html", "seattle-weather-2013.html"]

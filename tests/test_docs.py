@@ -195,7 +195,7 @@ def test_each_block_is_of_a_known_kind(page: str) -> None:
 
 
 @pytest.mark.processes
-@pytest.mark.own_database
+@pytest.mark.one_database
 @pytest.mark.parametrize(
     "page",
     [

@@ -191,7 +191,7 @@ for flow in flow_runner.schedule_flows("billing", [{}] * 5000):
 
 
 @pytest.mark.processes
-@pytest.mark.own_database
+@pytest.mark.one_database
 def test_two_databases_migrated_from_empty_have_no_key_in_common(tmp_path: Path) -> None:
     found: list[str] = []
     for name in ("production", "staging"):

@@ -75,7 +75,7 @@ def run(project: Path, *arguments: str, code: int = 0) -> str:
 
 
 @pytest.mark.processes
-@pytest.mark.own_database
+@pytest.mark.one_database
 def test_the_readme_from_the_first_line_to_the_last(project: Path) -> None:
     commands = [
         shlex.split(line.removeprefix("$ python ").partition("#")[0])

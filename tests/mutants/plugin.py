@@ -52,7 +52,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items[:] = [
         item
         for item in items
-        if not item.get_closest_marker("processes") and not item.get_closest_marker("own_database")
+        if not item.get_closest_marker("processes") and not item.get_closest_marker("one_database")
     ]
 
 
