@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 from django.conf import settings
@@ -52,7 +53,7 @@ def check_settings(**kwargs: Any) -> list[CheckMessage]:
     found += _check_entry_codec()
     found += _check_engine(using)
     found += _check_templates()
-    found += _check_recurring(may_ask=kwargs.get("databases") is not None)
+    found += _check_recurring(with_database=False)
     found += _check_redactor()
     found += _check_lease(using)
     if connections[using].vendor == "sqlite":
@@ -63,9 +64,11 @@ def check_settings(**kwargs: Any) -> list[CheckMessage]:
 def check_server_of_flows(
     *, databases: Sequence[str] | None = None, **kwargs: Any
 ) -> list[CheckMessage]:
-    """Return what the server of the flows' database says; for `check --database`."""
+    """Return what is wrong as far as the flows' database tells; for `check --database`."""
     repository = FlowRepository()
-    return check_server(repository) if repository.using in (databases or ()) else []
+    if repository.using not in (databases or ()):
+        return []
+    return [*check_server(repository), *_check_recurring(with_database=True)]
 
 
 def _check_sqlite(using: str) -> list[CheckMessage]:
@@ -169,10 +172,11 @@ def _refuse_query(*_: Any) -> Any:
     raise _AsksDatabase
 
 
-def _check_recurring(*, may_ask: bool) -> list[CheckMessage]:
+def _check_recurring(*, with_database: bool) -> list[CheckMessage]:
     """Return which recurring flows their own template's form would refuse.
 
-    A form that asks the database is tried only with `check --database`: there may be none yet.
+    A form that asks the database is tried `with_database` only, and every other one only without:
+    there may be no database yet.
     """
     from .runner import flow_runner
 
@@ -181,19 +185,37 @@ def _check_recurring(*, may_ask: bool) -> list[CheckMessage]:
         template = flow_runner.templates.get(recurrence.template_name)
         if template is None or template.parameters is None:
             continue
-        try:
-            with ExitStack() as refused:
-                for connection in () if may_ask else connections.all():
-                    refused.enter_context(connection.execute_wrapper(_refuse_query))
-                template.clean(recurrence.context)
-        except EbbsAndFlowsError as error:
+        refusal = _refusal(partial(template.clean, recurrence.context), with_database)
+        if refusal is not None:
             found.append(
                 Warning(
-                    f"The recurring flow {recurrence.name!r} is refused each time: {error}",
+                    f"The recurring flow {recurrence.name!r} is refused each time: {refusal}",
                     hint="Give schedule_recurring a context that the template's parameters take.",
                     id="ebbs_and_flows.W021",
                 )
             )
-        except Exception:  # noqa: BLE001, S112 - a form of the project's that cannot be tried here
-            continue
     return found
+
+
+def _refusal(clean: Callable[[], object], with_database: bool) -> EbbsAndFlowsError | None:
+    """Return why a context is refused; None if it is not, or if the other check tells it."""
+    asks = False
+    try:
+        with ExitStack() as refused:
+            for connection in connections.all():
+                refused.enter_context(connection.execute_wrapper(_refuse_query))
+            clean()
+    except _AsksDatabase:
+        asks = True
+    except EbbsAndFlowsError as error:
+        return None if with_database else error
+    except Exception:  # noqa: BLE001 - a form of the project's that cannot be tried here
+        return None
+    try:
+        if asks and with_database:
+            clean()
+    except EbbsAndFlowsError as error:
+        return error
+    except Exception:  # noqa: BLE001 - as above
+        return None
+    return None

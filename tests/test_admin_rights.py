@@ -22,6 +22,7 @@ from ebbs_and_flows.models import (
     TaskExecution,
 )
 
+from .databases import FLOWS, atomic
 from .operators import (
     LIST,
     TEMPLATES,
@@ -213,12 +214,13 @@ PERMISSIONS = sorted({*NEEDED.values(), "view_taskexecution", "view_executioncon
 def changes(client: Client, method: str, address: str) -> tuple[int, bool]:
     """Return the answer's status, and whether any row was another after it; undo all of it."""
     before = rows()
-    with transaction.atomic():
+    with transaction.atomic(), atomic():
         status = client.generic(
             method, address, urlencode(ATTEMPT), "application/x-www-form-urlencoded"
         ).status_code
         is_changed = rows() != before
         transaction.set_rollback(True)
+        transaction.set_rollback(True, using=FLOWS)
     return status, is_changed
 
 

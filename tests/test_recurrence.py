@@ -34,6 +34,7 @@ from ebbs_and_flows.pacemaker import Pacemaker
 from ebbs_and_flows.recurrence import MAX_CAUGHT_UP, Recurrence
 from ebbs_and_flows.signals import recurrence_refused
 
+from .databases import FLOWS
 from .test_cluster import until
 
 pytestmark = pytest.mark.django_db
@@ -407,5 +408,5 @@ def test_a_check_finds_a_context_that_its_form_refuses(refused: str) -> None:
     # One that asks the database is tried only where the checks may.
     template.parameters = AsksDatabase
     assert "ebbs_and_flows.W021" not in {item.id for item in run_checks()}
-    found_there = {item.id for item in run_checks(databases=["default"])}
+    found_there = {item.id for item in run_checks(databases=[FLOWS])}
     assert "ebbs_and_flows.W021" in found_there

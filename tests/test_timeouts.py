@@ -34,7 +34,7 @@ from ebbs_and_flows.testing import freeze_clock, move_clock
 from ebbs_and_flows.timeouts import Limit, Overdue, interrupt_after
 from tests.shop.models import Order
 
-from .databases import atomic, connection
+from .databases import FLOWS, atomic, connection
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -594,7 +594,7 @@ def test_an_immutable_error_of_a_hook_at_the_commit_stays_what_it_is(
         raise error(3)
 
     def write(context: ExecutionContext) -> ExecutionContext:
-        transaction.on_commit(hook)
+        transaction.on_commit(hook, using=FLOWS)
         return context
 
     flow, _, _ = outcome(runner, task(name="slow", atomic=True)(write))
