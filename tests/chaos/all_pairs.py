@@ -206,7 +206,11 @@ def main(name: str, *, most: int | None, seed: int) -> int:
         cases = [f"{scenario}, {number}, {actor.__name__}" for scenario, number, actor in pairs]
         for case, (_scenario_name, number, actor) in zip(cases, pairs, strict=True):
             _try(case, number, actor, count)
-        _finish(cases, count)
+            # At once: the flows of other cases would add statements, as a worker looks up the plan
+            # of every flow that is ready. A fork of the task that kills its worker does so again.
+            while in_a_process(partial(_run_to_its_end, case)) == -signal.SIGKILL:
+                pass
+        _look_for_lost_flows(cases, count)
         templates = dict(FlowExecution.objects.values_list("pk", "template_name"))
         expected = {pk: _ends(case) for pk, case in templates.items()}
         gone = {line.flow for line in evidence.read_log(log)} - expected.keys()
@@ -347,11 +351,7 @@ def _act(case: str, actor: Callable[[str], None]) -> int:
     return 0
 
 
-def _finish(cases: list[str], count: Count) -> None:
-    """Have sound workers of the newest release end all flows."""
-    # A fork of the task that kills its worker once does so once more.
-    while in_a_process(partial(_run_all, cases)) == -signal.SIGKILL:
-        pass
+def _look_for_lost_flows(cases: list[str], count: Count) -> None:
     stored = dict(FlowExecution.objects.order_by("-pk").values_list("template_name", "status"))
     for case in cases:
         if case not in stored and not case.endswith(("prune", "delete")):
@@ -361,14 +361,13 @@ def _finish(cases: list[str], count: Count) -> None:
             count.problems.append(f"{case}: the flow stays {status} (I1).")
 
 
-def _run_all(cases: list[str]) -> None:
+def _run_to_its_end(case: str) -> None:
+    """Be a sound worker of the newest release that ends all flows of a case."""
     newest = FlowRunner()
-    for case in cases:
-        expire(case)
-        newest.register_flow_template(
-            FlowTemplate(case, tasks=[*_scenario(case).tasks, flows.appended])
-        )
-        newest.resume_flow_template(case)
-        # One by one: each look for a due flow costs a little for every template that it is for.
-        while newest.run_next(templates=[case]) is not None:
-            pass
+    expire(case)
+    newest.register_flow_template(
+        FlowTemplate(case, tasks=[*_scenario(case).tasks, flows.appended])
+    )
+    newest.resume_flow_template(case)
+    while newest.run_next() is not None:
+        pass

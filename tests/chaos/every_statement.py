@@ -140,7 +140,7 @@ def main(name: str) -> int:
         cases = {}
         for scenario in SCENARIOS:
             cases |= _burn(scenario, count)
-        expected = _finish(cases, count)
+        expected = _expected(cases, count)
         verdict = evidence.Court(expected, log).judge()
     verdict.unsound += count.crashed
     statements = ", ".join(f"{number} of {what}" for what, number in count.statements.items())
@@ -170,7 +170,9 @@ def _burn(name: str, count: Count) -> dict[str, Scenario]:
             in_a_process(partial(scenario.dies, case))
         return case
 
-    boundaries = count_statements(prepare(f"{name}, unharmed"), scenario)
+    unharmed = prepare(f"{name}, unharmed")
+    boundaries = count_statements(unharmed, scenario)
+    in_a_process(partial(_run_to_its_end, unharmed, scenario))
     count.statements[name] = len(boundaries)
     for harm, number, after in faults.moments(connection.vendor, boundaries):
         what = harm.__name__
@@ -184,6 +186,10 @@ def _burn(name: str, count: Count) -> dict[str, Scenario]:
         count.stopped[what] += code == STOPPED
         if code not in {WENT_ON, STOPPED, faults.DIED}:
             count.crashed.append(f"{case}: the process ended with {code}.")
+        # At once: a worker looks up the plan of every flow that is ready, so that the flows of
+        # other cases would add statements to this one's.
+        if code := in_a_process(partial(_run_to_its_end, case, scenario)):
+            count.crashed.append(f"{case}: the next worker ended with {code}.")
     return cases
 
 
@@ -256,15 +262,17 @@ def run_and_stop_in_a_task(case: str) -> int:
     return 0
 
 
-def _finish(cases: dict[str, Scenario], count: Count) -> dict[int, tuple[FlowStatus, ...]]:
-    """Have a sound worker end all flows; return how each flow may have ended."""
-    for case, scenario in cases.items():
-        if scenario.act is schedule:
-            # Whoever got no answer asks again, with the same key.
-            schedule(case)
-    for case in cases:
-        expire(case)
-        run(case)
+def _run_to_its_end(case: str, scenario: Scenario) -> None:
+    """Be a sound worker that ends the flow."""
+    if scenario.act is schedule:
+        # Whoever got no answer asks again, with the same key.
+        schedule(case)
+    expire(case)
+    run(case)
+
+
+def _expected(cases: dict[str, Scenario], count: Count) -> dict[int, tuple[FlowStatus, ...]]:
+    """Return how each flow may have ended."""
     count.taken_back = TaskExecution.objects.filter(error_type="TaskInterrupted").count()
     found = dict(FlowExecution.objects.values_list("pk", "template_name"))
     for case in cases.keys() - set(found.values()):
