@@ -168,8 +168,9 @@ def test_the_rest_of_a_projects_logging_stays_as_it_was() -> None:
     script = """
         import logging
         from django.conf import settings
-        settings.configure(INSTALLED_APPS=["django_q", "ebbs_and_flows"], USE_TZ=True, SECRET_KEY="x",
-            LOGGING_CONFIG=None, Q_CLUSTER={"orm": "default", "timeout": 60, "retry": 120},
+        settings.configure(INSTALLED_APPS=["django_q", "ebbs_and_flows"], USE_TZ=True,
+            SECRET_KEY="x", LOGGING_CONFIG=None,
+            Q_CLUSTER={"orm": "default", "timeout": 60, "retry": 120},
             DATABASES={"default": {"ENGINE": "django.db.backends.sqlite3", "NAME": ":memory:"}})
         import django
         django.setup()
