@@ -35,12 +35,12 @@ bench-background: $(VENV)/test.stamp
 proof: $(VENV)/test.stamp
 	$(BIN)/python -m tests.proof -q -n 2
 
-# All pairs, networks, and 10,000 flows with 1,000 faults, on each database.
+# Every statement, all pairs, networks, and 10,000 flows with 1,000 faults, on each database.
 chaos: $(VENV)/test.stamp
 	$(BIN)/python -m tests.chaos long
 
-# Every statement of a flow's run, some of the pairs, and some faults at random, on each database that
-# answers.
+# Some of the cases of every statement, some of the pairs, and some faults at random, on each database
+# that answers.
 chaos-short: $(VENV)/test.stamp
 	$(BIN)/python -m tests.chaos short
 

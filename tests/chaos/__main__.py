@@ -1,8 +1,9 @@
 """`python -m tests.chaos`: sets flows on fire and says what is left.
 
-`short` is for every change: every statement, and a little of all the rest, on each database that
-answers. `long` is all pairs, and 10,000 flows with 1,000 faults and as many acts of operators, on
-each database. The others are one kind of run on one database, which EBBS_TEST_DATABASE names.
+`short` is for every change: a share of each, chosen at random, on each database that answers.
+`long` is every statement, all pairs, networks, and 10,000 flows with 1,000 faults and as many acts
+of operators, on each database. The others are one kind of run on one database, which
+EBBS_TEST_DATABASE names.
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ from .server import can_be_private, private_server
 FAST_LEASE, ENDLESS_LEASE = "2", "3600"
 
 
-def every_statement(database: str) -> int:
-    """Try every statement on one database."""
+def every_statement(database: str, options: argparse.Namespace) -> int:
+    """Try every statement, or a share of the cases, on one database."""
     os.environ["EBBS_TEST_LEASE_SECONDS"] = ENDLESS_LEASE
     from .database import made_database
 
     with made_database():
         from . import every_statement
 
-        return every_statement.main(database)
+        return every_statement.main(database, share=options.share, seed=options.seed)
 
 
 def all_pairs(database: str, options: argparse.Namespace) -> int:
@@ -110,11 +111,11 @@ def start(database: str, *arguments: str) -> subprocess.Popen[bytes]:
 
 
 def short() -> int:
-    """Try every statement on each database, then a hundred faults at random on each."""
+    """Try a third of every statement's cases, some pairs, and some faults at random, on each."""
     started, codes = time.monotonic(), []
     databases = answering()
     for fire in (
-        ["every-statement"],
+        ["every-statement", "--share", "0.3"],
         ["all-pairs", "--pairs", "150"],
         ["at-random", "--flows", "300", "--faults", "40"],
     ):
@@ -126,14 +127,19 @@ def short() -> int:
 
 
 def long(arguments: list[str]) -> int:
-    """Try all pairs, then thousands of flows with faults and operators, on each database."""
+    """Try every statement, all pairs, networks, and thousands of flows, on each database."""
     started, codes = time.monotonic(), []
     databases = [
         database
         for database in PROBES
         if database == "sqlite" or can_be_private(database) or database in answering()
     ]
-    for fire in (["all-pairs"], ["networks", "--pairs", "200"], ["at-random", *arguments]):
+    for fire in (
+        ["every-statement"],
+        ["all-pairs"],
+        ["networks", "--pairs", "200"],
+        ["at-random", *arguments],
+    ):
         processes = [start(database, *fire) for database in databases]
         codes += [process.wait() for process in processes]
     print(f"The long run took {time.monotonic() - started:.0f} s on {', '.join(databases)}.")
@@ -148,6 +154,7 @@ def main() -> int:
     parser.add_argument("--flows", type=int, default=10_000)
     parser.add_argument("--faults", type=int, default=1_000)
     parser.add_argument("--pairs", type=int, help="how many cases, by default all")
+    parser.add_argument("--share", type=float, default=1, help="of the statements' cases")
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
     options = parser.parse_args()
     os.environ["DJANGO_SETTINGS_MODULE"] = "tests.chaos.settings"
@@ -157,7 +164,7 @@ def main() -> int:
     if options.fire == "long":
         return long(sys.argv[2:])
     if options.fire == "every-statement":
-        return every_statement(database)
+        return every_statement(database, options)
     if options.fire == "networks":
         return networks(database, options)
     if options.fire == "all-pairs":
