@@ -15,6 +15,7 @@ from django.db.models import QuerySet
 from django.forms.fields import Field, JSONField, JSONString
 from django.forms.forms import BaseForm
 from django.forms.widgets import MultiWidget
+from django.utils.translation import gettext_noop
 
 from .context import ExecutionContext, is_number
 from .error_chain import single_errors
@@ -34,7 +35,9 @@ _random = random.SystemRandom()
 """Not the shared one: a task that seeds that would give every retry the same delay."""
 RIGHTS = ("schedule", "reschedule", "rerun", "cancel", "complete", "pause")
 """What a template may ask a permission of its own for."""
-_UNREADABLE_JSON = "A JSON value is nested too deeply, or a number in it has too many digits."
+UNREADABLE_JSON = gettext_noop(
+    "A JSON value is nested too deeply, or a number in it has too many digits."
+)
 _SHORT = 20
 """Characters of a value that may stand by chance within a word of a form's message."""
 _PERMISSION = re.compile(r"[A-Za-z_]\w*\.[A-Za-z_]\w*")
@@ -411,7 +414,7 @@ class FlowTemplate:
                 {name: [f"There is no such parameter; there are: {known}."] for name in unknown},
             )
         if has_unreadable_json(form):
-            raise InvalidParameters(self.name, {NON_FIELD_ERRORS: [_UNREADABLE_JSON]})
+            raise InvalidParameters(self.name, {NON_FIELD_ERRORS: [UNREADABLE_JSON]})
         if not form.is_valid():
             raise InvalidParameters(
                 self.name,

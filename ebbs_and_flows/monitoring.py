@@ -112,10 +112,9 @@ def standing(runner: FlowRunner = flow_runner, *, at: datetime | None = None) ->
     )
     trouble, unfit = None, []
     if oldest is not None and oldest > longest:
-        unfit = flows_that_fit_no_worker(runner)
         if not workers["alive"]:
             trouble = Trouble.NO_WORKER
-        elif unfit:
+        elif unfit := flows_that_fit_no_worker(runner):
             trouble = Trouble.NO_CODE
         elif workers["free"]:
             trouble = Trouble.NOT_TAKEN

@@ -64,6 +64,14 @@ def findings() -> list[str]:
     return [str(item) for item in IntegrityCheck().findings()]
 
 
+def check_ended(flow: FlowExecution, release: str) -> None:
+    """Fail unless the flow has succeeded with each task of the release, once and in order."""
+    flow.refresh_from_db()
+    assert flow.status == FlowStatus.SUCCEEDED
+    assert succeeded(flow) == "".join(flow.task_names) == release[:-2]
+    assert findings() == []
+
+
 @changes
 def test_an_old_worker_leaves_what_new_code_has_scheduled(old: str, new: str) -> None:
     run(new, "scheduleflow", "release")
@@ -73,10 +81,7 @@ def test_an_old_worker_leaves_what_new_code_has_scheduled(old: str, new: str) ->
     assert "left to workers with other code" in said
     assert "1 due flow of template 'release' does not fit the code here" in said
     run(new, "runflows")
-    flow.refresh_from_db()
-    assert flow.status == FlowStatus.SUCCEEDED
-    assert succeeded(flow) == "".join(flow.task_names) == new[:-2]
-    assert findings() == []
+    check_ended(flow, new)
 
 
 @changes
@@ -87,10 +92,7 @@ def test_a_new_worker_goes_on_where_old_code_has_failed(old: str, new: str) -> N
     assert (flow.status, succeeded(flow)) == (FlowStatus.FAILED, "a")
     run(new, "rerunflow", str(flow.pk))
     run(new, "runflows")
-    flow.refresh_from_db()
-    assert flow.status == FlowStatus.SUCCEEDED
-    assert succeeded(flow) == "".join(flow.task_names) == new[:-2]
-    assert findings() == []
+    check_ended(flow, new)
 
 
 @changes

@@ -490,7 +490,7 @@ def test_a_flow_whose_deadline_passes_while_it_waits_fails_when_a_worker_takes_i
     wait(runner)
     ran_before = list(ran)
     move_clock(timedelta(seconds=61), runner=runner)
-    # Nobody looks after it meanwhile: it stays what it was.
+    # No one looks at it meanwhile: its status stays what it was.
     flow = FlowExecution.objects.get()
     assert flow.status == status
     if wait is for_its_template:

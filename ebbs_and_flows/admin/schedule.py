@@ -16,7 +16,7 @@ from django.views.decorators.debug import sensitive_variables
 
 from ..entry_codec import stored_node
 from ..exceptions import EbbsAndFlowsError
-from ..flows import CleanedParameters, FlowTemplate, has_unreadable_json
+from ..flows import UNREADABLE_JSON, CleanedParameters, FlowTemplate, has_unreadable_json
 from ..models import ExecutionContextEntry, FlowExecution
 from ..operator_input import plain
 from ..runner import flow_runner
@@ -58,9 +58,7 @@ def schedule_page(
     parameters = _parameters(template, request, offered)
     if is_post and parameters is not None and has_unreadable_json(parameters):
         # It can neither be cleaned nor be shown again.
-        return HttpResponseBadRequest(
-            _("A JSON value is nested too deeply, or a number in it has too many digits.")
-        )
+        return HttpResponseBadRequest(_(UNREADABLE_JSON))
     # Both are asked, so that all errors are shown at once.
     is_valid = all([form.is_valid(), parameters is None or parameters.is_valid()])
     if is_post and is_valid:
